@@ -1,0 +1,76 @@
+# Needs make and Python 3.11 or newer; `make test` needs Go, too. Everything else is installed into .venv, with hashes.
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo setup test test-fast coverage conformance check bench lock clean
+
+PYTHON ?= python3
+GO ?= go
+UV ?= uv
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO_CLIENT := build/democlient
+GO_FILES := $(shell find conformance -name '*.go' -o -name go.mod -o -name go.sum)
+SANS_IO := src/clusterproxy_proto/*,src/clusterproxy/grpc/*,src/clusterproxy/tunnel/*
+PYTEST_ARGS ?=
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(READY) ## certificates, server, agent and a service that only the agent reaches; requests through the tunnel
+	@if command -v $(GO) >/dev/null; then $(MAKE) -s $(DEMO_CLIENT) || echo "The Go client could not be built: the demo goes on without it."; fi
+	@exec $(BIN)/clusterproxy demo $$(test -x $(DEMO_CLIENT) && echo --go-client $(DEMO_CLIENT)) $(DEMO_ARGS)
+
+setup: $(READY) ## the virtual environment, which all other targets make as needed
+
+test: $(READY) go-is-here coverage conformance ## all tests with coverage, and the conformance matrix against Go (needs Go)
+
+test-fast: $(READY) ## the tests that start no programs (no Go, under 90 s)
+	$(BIN)/python -m pytest -q -m 'not programs' $(PYTEST_ARGS)
+
+coverage: $(READY)
+	@$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
+	@$(BIN)/coverage combine -q
+	$(BIN)/coverage report --fail-under=90
+	$(BIN)/coverage report --fail-under=100 --include='$(SANS_IO)'
+
+conformance: $(READY) go-is-here
+	@mkdir -p build
+	cd conformance && $(GO) run ./cmd/matrix -json ../build/conformance.json
+
+check: $(READY) ## ruff, mypy --strict, pyright
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(READY) go-is-here ## measure beside the Go programs
+	@echo "no bench yet" && false
+
+lock: ## write requirements/*.txt anew from pyproject.toml (needs uv)
+	$(UV) pip compile $(LOCK) pyproject.toml -o requirements/runtime.txt
+	$(UV) pip compile $(LOCK) pyproject.toml requirements/tools.in --extra demo --group dev -o requirements/dev.txt
+
+clean: ## remove everything that make has made here
+	rm -rf $(VENV) build dist .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+LOCK := -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url
+
+$(READY): requirements/dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "This needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3"; exit 1; }
+	@echo "Installing into $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(DEMO_CLIENT): $(GO_FILES)
+	@echo "Building the Go client ..."
+	@cd conformance && $(GO) build -o ../$@ ./cmd/democlient
+
+.PHONY: go-is-here
+go-is-here:
+	@command -v $(GO) >/dev/null || { echo "The tests compare with the original programs, which are written in Go: install Go, or run make test-fast."; exit 1; }

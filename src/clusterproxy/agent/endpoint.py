@@ -1,0 +1,262 @@
+"""One proxied connection at the agent: a service's socket."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from clusterproxy.grpc import prefix
+from clusterproxy.http2.flow import Buffer, Flow
+from clusterproxy.transport.outbox import current_outbox
+from clusterproxy.transport.sink import ByteSink
+from clusterproxy.transport.stall import watch_stall
+from clusterproxy.transport.stream import Transport
+from clusterproxy.tunnel.budget import Guard
+from clusterproxy_proto import CloseResponse, Packet, data_header, encode
+
+if TYPE_CHECKING:
+    from clusterproxy.rpc.call import Call
+
+    from .state import AgentState
+
+_log = logging.getLogger("clusterproxy.agent")
+
+# A whole gRPC message of at most 32 KiB: grpc-go's buffer pool has a tier of that size, and the next
+# one is 1 MiB (mem/buffer_pool.go).
+CHUNK: Final = 32_740
+
+# Stop reading the service while so much of it waits for the server.
+_HIGH_WATER: Final = 512 * 1024
+
+# Batches after which a busy service lets the others run.
+_BATCHES: Final = 2
+
+# How long a service may take what was sent before the close, if it makes no progress.
+_LINGER_S: Final = 10.0
+
+_MAX_DATAGRAM: Final = 65_535
+
+
+class Endpoint(ABC):
+    """A service's end of a proxied connection.
+
+    Bytes from the server come on a stream that others share, so they are queued within a budget.
+    Bytes from the service are not read while they would have to wait.
+    """
+
+    def __init__(self, state: AgentState, call: Call, connect_id: int) -> None:
+        self._state = state
+        self._call = call
+        self.connect_id = connect_id
+        self.to_server = Flow(self._drained_to_server)
+        self.closing = False
+        self._room = trio.Event()
+        self._outbox = current_outbox()
+        self._heads: dict[int, bytes] = {}
+
+    #: Why the connection ended, if it was not by an orderly close.
+    error = ""
+
+    @abstractmethod
+    async def run(self, ended: Callable[[], None]) -> None:
+        """Copy from the service until it or the server ends the connection; then call *ended*.
+
+        Returns once what the server has sent is with the service, or given up. Closes the socket.
+        Cancellation: closes it at once; *ended* is not called then.
+        """
+
+    @abstractmethod
+    def from_server(self, parts: tuple[Buffer, ...]) -> None:
+        """Send what the server sent to the service; the buffers are lent for this batch."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """The server has asked to close: what it sent before still goes out."""
+
+    def _send(self, view: memoryview) -> None:
+        """Send bytes of the service to the server, in packets of a size that suits Go peers."""
+        for start in range(0, len(view), CHUNK):
+            payload = view[start : start + CHUNK]
+            size = len(payload)
+            head = self._heads.get(size)
+            if head is None:
+                header = data_header(self.connect_id, size)
+                head = prefix(len(header) + size) + header
+                if size == CHUNK:
+                    self._heads[size] = head
+            self._state.data_packets.to_server.value += 1
+            self._call.forward(self.to_server, len(head) + size, head, (payload,))
+
+    async def _wait_for_room(self) -> None:
+        if self.to_server.queued > _HIGH_WATER:
+            self._room = trio.Event()
+            await self._room.wait()
+
+    def _drained_to_server(self, _size: int) -> None:
+        if self.to_server.queued <= _HIGH_WATER // 2:
+            self._room.set()
+
+    def confirm_close(self, error: str = "") -> None:
+        """Tell the server that the connection is closed, behind the service's data."""
+        self._state.count_packet("from_agent", "CLOSE_RSP")
+        message = encode(Packet.of(CloseResponse(error, self.connect_id)))
+        self._call.send_behind(self.to_server, message)
+
+
+class StreamEndpoint(Endpoint):
+    """A TCP service."""
+
+    def __init__(self, state: AgentState, call: Call, connect_id: int, sock: socket.socket) -> None:
+        super().__init__(state, call, connect_id)
+        self._transport = Transport(sock)
+        self._nursery: trio.Nursery | None = None
+        self._reading = trio.CancelScope()
+        self.sink = ByteSink(self._transport, self._spawn, self._broken)
+        self.guard = Guard(self.sink, state.budget, call.stream.pause, call.stream.resume)
+        self.sink.on_drain = self._note_queue
+
+    async def run(self, ended: Callable[[], None]) -> None:
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                with self._reading:
+                    await self._copy()
+                self.guard.close()
+                ended()
+                if not self._transport.closed:
+                    await self._linger()
+                nursery.cancel_scope.cancel()
+        finally:
+            self._nursery = None
+            self.guard.close()
+            self._transport.close()
+            self.sink.discard()
+            self.guard.update()
+
+    async def _copy(self) -> None:
+        transport, outbox, batches = self._transport, self._outbox, 0
+        try:
+            while True:
+                view = await transport.receive()
+                if not view:
+                    return
+                with outbox:
+                    self._send(view)
+                await self._wait_for_room()
+                batches += 1
+                if batches == _BATCHES:
+                    batches = 0
+                    await trio.lowlevel.checkpoint()
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            _log.debug("service: %s", error, extra={"connection_id": self.connect_id})
+
+    async def _linger(self) -> None:
+        """Let everything go out, then end in an order that loses nothing of it."""
+        gone = trio.Event()
+        self.sink.finish(gone.set)
+        taken = -1
+        while not gone.is_set() and self.sink.taken != taken:
+            taken = self.sink.taken
+            with trio.move_on_after(_LINGER_S):
+                await gone.wait()
+        if not gone.is_set() or self.sink.broken:
+            self._transport.close(reset=True)
+            return
+        # A socket that is closed with unread bytes is reset, which can destroy what it sent.
+        self._transport.send_eof()
+        with trio.move_on_after(_LINGER_S):
+            try:
+                while await self._transport.receive():
+                    await trio.lowlevel.checkpoint()
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass
+
+    def from_server(self, parts: tuple[Buffer, ...]) -> None:
+        self.sink.send(parts)
+        if self.sink.queued:
+            self._note_queue()
+
+    def _note_queue(self) -> None:
+        if self.guard.update():
+            self._spawn(self._watch)
+
+    async def _watch(self) -> None:
+        self._state.metrics.paused_streams.inc()
+        try:
+            await watch_stall(self.guard, self._state.config.stall_timeout_s, self._stalled)
+        finally:
+            self._state.metrics.paused_streams.dec()
+
+    def _stalled(self) -> None:
+        self._state.metrics.stalled_connections_total.labels("to_service").inc()
+        _log.warning(
+            "connection closed: its service took nothing for %g s while %d bytes waited",
+            self._state.config.stall_timeout_s,
+            self.sink.queued,
+            extra={"agent_id": self._state.config.agent_id, "connection_id": self.connect_id},
+        )
+        self.error = "connection closed: the service did not read for too long"
+        self._transport.close(reset=True)
+        self._reading.cancel()
+
+    def _broken(self, reason: str) -> None:
+        _log.debug("service: %s", reason, extra={"connection_id": self.connect_id})
+        self._reading.cancel()
+
+    def close(self) -> None:
+        self.closing = True
+        self._reading.cancel()
+
+    def _spawn(self, function: Callable[..., Awaitable[None]], /, *args: object) -> None:
+        if self._nursery is not None:
+            self._nursery.start_soon(function, *args)
+
+
+class DatagramEndpoint(Endpoint):
+    """A UDP service: one packet for one datagram, either way (the Go agent does the same)."""
+
+    def __init__(self, state: AgentState, call: Call, connect_id: int, sock: socket.socket) -> None:
+        super().__init__(state, call, connect_id)
+        self._sock = sock
+        self._reading = trio.CancelScope()
+        self._buffer = memoryview(bytearray(_MAX_DATAGRAM))
+
+    async def run(self, ended: Callable[[], None]) -> None:
+        with self._sock:
+            with self._reading:
+                await self._copy()
+            ended()
+
+    async def _copy(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self._sock)
+            try:
+                size = self._sock.recv_into(self._buffer)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return  # as Go: ECONNREFUSED of an earlier datagram ends the connection
+            if size:
+                header = data_header(self.connect_id, size)
+                message = prefix(len(header) + size) + header + self._buffer[:size]
+                self._state.data_packets.to_server.value += 1
+                self._call.forward(self.to_server, len(message), message)
+                await self._wait_for_room()
+
+    def from_server(self, parts: tuple[Buffer, ...]) -> None:
+        # What the socket does not take is lost, as datagrams are.
+        try:
+            self._sock.send(b"".join(parts))
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._reading.cancel()
+
+    def close(self) -> None:
+        self.closing = True
+        self._reading.cancel()

@@ -1,0 +1,261 @@
+"""The agent's end of one server's Connect stream."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from clusterproxy.errors import ClusterProxyError
+from clusterproxy.grpc import PREFIX_SIZE, Metadata, Status
+from clusterproxy_proto import (
+    CloseDial,
+    CloseRequest,
+    CloseResponse,
+    Data,
+    DecodeError,
+    DialRequest,
+    DialResponse,
+    Drain,
+    Packet,
+    PacketType,
+    Payload,
+    canonical_data,
+    decode,
+    encode,
+)
+
+from .dial import EndpointDialError, dial
+from .endpoint import DatagramEndpoint, Endpoint, StreamEndpoint
+
+if TYPE_CHECKING:
+    from clusterproxy.http2.flow import Buffer
+    from clusterproxy.rpc.channel import ClientCall
+
+    from .state import AgentState
+
+_log = logging.getLogger("clusterproxy.agent")
+
+# Answers to what the server sent without need are left out while so much waits for it.
+_ADVISORY_LIMIT: Final = 64 * 1024
+
+_TYPES: Final = frozenset(int(kind) for kind in PacketType)
+
+
+class HandshakeError(ClusterProxyError):
+    """The server's response headers are not those of a proxy server."""
+
+    retryable = True
+
+
+class Session:
+    """One stream to one server (upstream: pkg/agent/client.go, Client).
+
+    Attributes:
+      server_id, server_count: as the server says, once :meth:`greet` returned.
+    """
+
+    def __init__(self, state: AgentState, call: ClientCall) -> None:
+        self._state = state
+        self.call = call
+        self.server_id = ""
+        self.server_count = 0
+        self.endpoints: dict[int, Endpoint] = {}
+        self._dials: dict[int, trio.CancelScope] = {}
+        self._last_id = 0
+        call.receive = self._receive
+
+    async def greet(self) -> None:
+        """Wait for the server's headers, which say who it is.
+
+        Raises:
+          RPCError: the server ended the stream.
+          HandshakeError: the headers are missing or no use (upstream: serverID, serverCount).
+        """
+        metadata = await self.call.response()
+        self.server_id = _one(metadata, "serverid", "server ID")
+        count = _one(metadata, "servercount", "server count")
+        try:
+            self.server_count = int(count)
+        except ValueError as error:
+            raise HandshakeError(f"server count {count!r} is not a number") from error
+
+    async def run(self) -> None:
+        """Serve until the stream ends. All its connections end with it.
+
+        Cancellation: ends the stream and all its connections at once.
+        """
+        try:
+            async with trio.open_nursery() as nursery:
+                self.call.attach(nursery)
+                await self.call.ended.wait()
+                nursery.cancel_scope.cancel()
+        finally:
+            self.call.cancel()
+        if self.call.status is not Status.OK:
+            metrics = self._state.metrics
+            metrics.server_connection_failure_count.labels("from_server").inc()
+            code = self.call.status.go_name
+            metrics.stream_errors_total.labels("to_agent", code, "Unknown").inc()
+
+    def drain(self) -> None:
+        """Tell the server to choose other agents for new dials."""
+        self._send(Drain())
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is a connection or a dial."""
+        return bool(self.endpoints or self._dials)
+
+    # -- packets -----------------------------------------------------------------------------------
+
+    def _receive(self, size: int, head: memoryview, rest: tuple[memoryview, ...]) -> None:
+        found = canonical_data(head, PREFIX_SIZE, size - PREFIX_SIZE)
+        if found is not None:
+            self._state.data_packets.from_server.value += 1
+            self._on_data(found[0], (head[PREFIX_SIZE + found[1] :], *rest))
+            return
+        try:
+            packet = decode(b"".join((head[PREFIX_SIZE:], *rest)))
+        except DecodeError as error:
+            # The stream is shared by all clients of the server, so it goes on.
+            self._reject("undecodable", str(error))
+            return
+        self._receive_packet(packet)
+
+    def _receive_packet(self, packet: Packet) -> None:
+        known = packet.type in _TYPES
+        self._state.count_packet("to_agent", PacketType(packet.type).name if known else "Unknown")
+        if not packet.consistent:
+            if known:
+                self._reject("no_payload", f"packet of type {packet.type} without its payload")
+            return
+        match packet.payload:
+            case DialRequest():
+                self._on_dial_request(packet.payload)
+            case Data():
+                if packet.payload.connect_id:
+                    self._on_data(packet.payload.connect_id, (packet.payload.data,))
+            case CloseRequest():
+                self._on_close_request(packet.payload.connect_id)
+            case CloseDial():
+                scope = self._dials.get(packet.payload.random)
+                if scope is not None:
+                    scope.cancel()
+            case _:
+                pass  # what only agents send
+
+    def _reject(self, reason: str, text: str) -> None:
+        self._state.metrics.rejected_packets_total.labels("to_agent", reason).inc()
+        _log.warning("packet of a server ignored: %s", text, extra={"server_id": self.server_id})
+
+    def _send(self, payload: Payload) -> None:
+        packet = Packet.of(payload)
+        self._state.count_packet("from_agent", PacketType(packet.type).name)
+        self.call.send(encode(packet))
+
+    def _advise(self, payload: Payload) -> None:
+        if self.call.stream.schedule.urgent_size < _ADVISORY_LIMIT:
+            self._send(payload)
+
+    def _on_data(self, connect_id: int, parts: tuple[Buffer, ...]) -> None:
+        endpoint = self.endpoints.get(connect_id)
+        if endpoint is None:
+            self._advise(CloseResponse("unrecognized connectID", connect_id))
+        else:
+            endpoint.from_server(parts)
+
+    def _on_close_request(self, connect_id: int) -> None:
+        endpoint = self.endpoints.get(connect_id)
+        if endpoint is None:
+            self._advise(CloseResponse("Unknown connectID", connect_id))
+            return
+        # At once: the server forgets the number, what is queued for the service still goes out.
+        self._ended(connect_id, endpoint)
+        endpoint.close()
+
+    def _on_dial_request(self, request: DialRequest) -> None:
+        # A number is used up by a dial that fails, too.
+        self._last_id += 1
+        self._state.last_use = trio.current_time()
+        self.call.start_soon(self._connect, request, self._last_id)
+
+    # -- connections -------------------------------------------------------------------------------
+
+    async def _connect(self, request: DialRequest, connect_id: int) -> None:
+        sock = await self._dial(request)
+        if sock is None:
+            return
+        datagrams = sock.type == socket.SOCK_DGRAM
+        kind = DatagramEndpoint if datagrams else StreamEndpoint
+        endpoint = kind(self._state, self.call, connect_id, sock)
+        self.endpoints[connect_id] = endpoint
+        metrics = self._state.metrics
+        metrics.open_endpoint_connections.inc()
+        _log.debug(
+            "connected to %s",
+            request.address,
+            extra={
+                "agent_id": self._state.config.agent_id,
+                "connection_id": connect_id,
+                "dial_id": request.random,
+            },
+        )
+        try:
+            self._send(DialResponse(connect_id=connect_id, random=request.random))
+            await endpoint.run(partial(self._ended, connect_id, endpoint))
+        finally:
+            self._ended(connect_id, endpoint)
+
+    def _ended(self, connect_id: int, endpoint: Endpoint) -> None:
+        """A connection is over: tell the server, behind its data. Idempotent."""
+        if self.endpoints.get(connect_id) is not endpoint:
+            return
+        del self.endpoints[connect_id]
+        self._state.metrics.open_endpoint_connections.dec()
+        self._state.last_use = trio.current_time()
+        endpoint.confirm_close(endpoint.error)
+
+    async def _dial(self, request: DialRequest) -> socket.socket | None:
+        started = trio.current_time()
+        metrics = self._state.metrics
+        with trio.CancelScope() as scope:
+            self._dials[request.random] = scope
+            try:
+                sock = await dial(
+                    request.protocol,
+                    request.address,
+                    timeout_s=self._state.config.dial_timeout_s,
+                    resolver=self._state.resolver,
+                )
+            except EndpointDialError as error:
+                metrics.endpoint_dial_failure_total.labels(error.reason).inc()
+                _log.warning(
+                    "dial failed: %s",
+                    error.text,
+                    extra={
+                        "agent_id": self._state.config.agent_id,
+                        "dial_id": request.random,
+                    },
+                )
+                self._send(DialResponse(error=error.text, random=request.random))
+                return None
+            finally:
+                if self._dials.get(request.random) is scope:
+                    del self._dials[request.random]
+            metrics.dial_duration_seconds.observe(trio.current_time() - started)
+            return sock
+        return None
+
+
+def _one(metadata: Metadata, name: str, title: str) -> str:
+    values = metadata.get(name, [])
+    if len(values) != 1:
+        if title == "server count":
+            raise HandshakeError(f"expected one server count, got {len(values)}")
+        listed = " ".join(map(str, values))
+        raise HandshakeError(f"expected one {title} in the context, got [{listed}]")
+    return str(values[0])

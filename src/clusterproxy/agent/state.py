@@ -1,0 +1,42 @@
+"""What all parts of one proxy agent share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+
+if TYPE_CHECKING:
+    from clusterproxy.telemetry.agent_metrics import AgentMetrics
+    from clusterproxy.telemetry.cells import Cell
+    from clusterproxy.tunnel.budget import Budget
+
+    from .config import AgentConfig
+    from .resolver import Resolver
+
+
+class PacketCounters:
+    """The cells that every DATA packet counts in, looked up once."""
+
+    __slots__ = ("from_server", "to_server")
+
+    def __init__(self, metrics: AgentMetrics) -> None:
+        # Upstream's segments are named from the agent's point of view of the tunnel.
+        self.to_server: Cell = metrics.stream_packets_total.labels("from_agent", "DATA")
+        self.from_server: Cell = metrics.stream_packets_total.labels("to_agent", "DATA")
+
+
+@attrs.define(kw_only=True)
+class AgentState:
+    """Configuration, metrics and the tables of one agent."""
+
+    config: AgentConfig
+    metrics: AgentMetrics
+    budget: Budget
+    resolver: Resolver
+    data_packets: PacketCounters
+    #: When a dial or an open connection was last seen; what ends a drain.
+    last_use: float = 0.0
+
+    def count_packet(self, segment: str, packet_type: str) -> None:
+        self.metrics.stream_packets_total.labels(segment, packet_type).value += 1

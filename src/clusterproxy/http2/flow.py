@@ -1,0 +1,119 @@
+"""What waits to be sent on one stream: flows of whole messages, taken in turn.
+
+A stream may carry many proxied connections. Each has a :class:`Flow`, a queue of its own, so that
+one which has much to send does not keep the others waiting: the :class:`Schedule` takes from them by
+deficit round robin (Shreedhar and Varghese, 1996). Small packets of the protocol go first. Pure: no
+input or output.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+Buffer = bytes | bytearray | memoryview
+
+#: Bytes that each flow may send in its turn.
+QUANTUM: Final = 64 * 1024
+
+
+class Flow:
+    """The queue of one proxied connection on a stream.
+
+    Attributes:
+      queued: bytes that wait.
+      taken: bytes that have gone out of the queue since the beginning.
+      on_drain: called with the number of bytes whenever some have gone out.
+    """
+
+    __slots__ = ("deficit", "held", "messages", "on_drain", "queued", "scheduled", "taken")
+
+    def __init__(self, on_drain: Callable[[int], None] | None = None) -> None:
+        self.messages: deque[Buffer] = deque()
+        self.queued = 0
+        self.taken = 0
+        self.deficit = 0
+        self.held = False
+        self.scheduled = False
+        self.on_drain = on_drain
+
+
+class Schedule:
+    """Chooses the next message of a stream."""
+
+    __slots__ = ("_active", "_urgent", "urgent_put", "urgent_size", "urgent_taken")
+
+    def __init__(self) -> None:
+        self._active: deque[Flow] = deque()
+        self._urgent: deque[Buffer] = deque()
+        self.urgent_size = 0
+        #: How many urgent messages have been queued, and how many of them have gone out.
+        self.urgent_put = self.urgent_taken = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._urgent or self._active)
+
+    def put_urgent(self, message: Buffer) -> None:
+        """Add a message that goes out before those of all flows."""
+        self._urgent.append(message)
+        self.urgent_put += 1
+        self.urgent_size += len(message)
+
+    def put(self, flow: Flow, message: Buffer) -> None:
+        """Add a message behind the others of its flow."""
+        flow.messages.append(message)
+        flow.queued += len(message)
+        self.activate(flow)
+
+    def activate(self, flow: Flow) -> None:
+        """Let a flow take part, if it has something to send and is not held."""
+        if flow.messages and not flow.scheduled and not flow.held:
+            flow.scheduled = True
+            self._active.append(flow)
+
+    def drop(self, flow: Flow) -> int:
+        """Forget what a flow has queued; return how many bytes that was."""
+        dropped = flow.queued
+        flow.messages.clear()
+        flow.queued = flow.deficit = 0
+        if flow.scheduled:
+            flow.scheduled = False
+            self._active.remove(flow)
+        return dropped
+
+    def take(self) -> Buffer | None:
+        """Remove and return the next message, or None if nothing may go."""
+        if self._urgent:
+            message = self._urgent.popleft()
+            self.urgent_taken += 1
+            self.urgent_size -= len(message)
+            return message
+        active = self._active
+        while active:
+            flow = active[0]
+            if flow.held:
+                flow.scheduled = False
+                active.popleft()
+                continue
+            size = len(flow.messages[0])
+            if size > flow.deficit and len(active) > 1:
+                # With one flow alone nobody waits for its turn to end.
+                flow.deficit += QUANTUM
+                if size > flow.deficit:
+                    active.rotate(-1)
+                    continue
+            message = flow.messages.popleft()
+            flow.deficit = max(0, flow.deficit - size)
+            flow.queued -= size
+            flow.taken += size
+            if not flow.messages:
+                flow.deficit = 0
+                flow.scheduled = False
+                active.popleft()
+            elif flow.deficit < len(flow.messages[0]):
+                active.rotate(-1)
+            if flow.on_drain is not None:
+                flow.on_drain(size)
+            return message
+        return None

@@ -1,0 +1,48 @@
+"""What a peer may ask of a connection, and how its excesses are noticed. Pure."""
+
+from __future__ import annotations
+
+import attrs
+
+
+@attrs.frozen(kw_only=True)
+class Http2Limits:
+    """Limits of one HTTP/2 connection; sizes in bytes, rates per second.
+
+    Attributes:
+      window: what a peer may send on one stream before it is consumed.
+      connection_window: the same for the whole connection, given back on receipt.
+      max_frame_size: the largest DATA frame taken. Our own peers then send a packet in one frame.
+      max_header_list: uncompressed size of a header list (RFC 9113 §6.5.2).
+      max_resets_per_s: streams that a client resets before they were answered (CVE-2023-44487).
+      max_control_frames_per_s: PING, SETTINGS, PRIORITY, empty DATA and the like (CVE-2019-9512 ff.);
+        frames that come with the traffic, as WINDOW_UPDATE does, are paid for by it.
+    """
+
+    window: int = 1024 * 1024
+    connection_window: int = 16 * 1024 * 1024
+    max_frame_size: int = 1024 * 1024
+    max_streams: int = 10_000
+    max_header_list: int = 64 * 1024
+    max_message_size: int = 4 * 1024 * 1024
+    max_resets_per_s: int = 200
+    max_control_frames_per_s: int = 10_000
+
+
+class Meter:
+    """A token bucket that holds *burst* tokens and gains *rate* a second."""
+
+    __slots__ = ("_burst", "_rate", "_time", "_tokens")
+
+    def __init__(self, rate: float, burst: float) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._tokens = burst
+        self._time = 0.0
+
+    def spend(self, now: float, earned: float = 0.0) -> bool:
+        """Take one token at time *now*, after adding *earned* ones; return whether there was one."""
+        gained = (now - self._time) * self._rate + earned
+        self._time = now
+        self._tokens = min(self._burst, self._tokens + gained) - 1
+        return self._tokens >= 0

@@ -1,0 +1,234 @@
+"""One HTTP/2 stream: what it sends within the peer's windows, what it grants within its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from struct import Struct
+from typing import TYPE_CHECKING, Final, Protocol
+
+from .flow import QUANTUM, Buffer, Flow, Schedule
+
+if TYPE_CHECKING:
+    from .adapter import H2Stream
+    from .connection import Http2Connection
+
+Header = tuple[bytes, bytes]
+
+# RFC 9113 §4.1: length (24), type (8), flags (8), stream (31).
+_HEADER: Final = Struct(">HBBBI")
+_pack = _HEADER.pack
+
+# Answers that a peer asked for and does not fetch; more than this of them is not a slow peer.
+_URGENT_LIMIT: Final = 256 * 1024
+
+
+class StreamHandler(Protocol):
+    """What a stream tells its owner. All of it is called by the connection's reader: never wait."""
+
+    def on_headers(self, headers: list[Header]) -> None:
+        """A response, or trailers, arrived."""
+
+    def on_data(self, view: memoryview) -> bool:
+        """A part of the body arrived, lent until :meth:`settle`; return whether that is wanted."""
+
+    def settle(self) -> None:
+        """The buffers of this batch are about to be used again."""
+
+    def on_end(self) -> None:
+        """The peer has ended its side."""
+
+    def on_reset(self, code: int, reason: str) -> None:
+        """The stream is gone: reset, or its connection lost. Called at most once, and last."""
+
+
+class Stream:
+    """One stream of a connection.
+
+    Sending never waits: what the windows or the socket do not take is queued, and whoever sends
+    looks at ``Flow.queued`` or is told by ``Flow.on_drain``.
+
+    Receiving: the peer may always send ``window`` bytes more than were consumed. What the owner has
+    put into somebody else's queue it declares by :meth:`hold` and :meth:`release`; :meth:`pause`
+    withholds all credit.
+    """
+
+    __slots__ = (
+        "_finish",
+        "_held",
+        "_partial",
+        "_paused",
+        "_window",
+        "connection",
+        "h2",
+        "handler",
+        "id",
+        "low",
+        "open",
+        "peer_ended",
+        "responded",
+        "schedule",
+    )
+
+    def __init__(
+        self, connection: Http2Connection, stream_id: int, state: H2Stream, window: int
+    ) -> None:
+        self.connection = connection
+        self.id = stream_id
+        self.h2 = state
+        self.handler: StreamHandler | None = None
+        self.open = True
+        self.peer_ended = False
+        self.responded = False
+        self.schedule = Schedule()
+        self.low = window - window // 4
+        self._window = window
+        self._held = 0
+        self._paused = 0
+        self._partial: memoryview | None = None
+        self._finish: Callable[[], None] | None = None
+
+    # -- sending -----------------------------------------------------------------------------------
+
+    def send(self, flow: Flow | None, size: int, head: Buffer, rest: tuple[Buffer, ...] = ()) -> None:
+        """Send one message of *size* bytes, given in buffers that are only lent for this batch.
+
+        Without a *flow* it goes before everything that waits. On a stream that is gone it is dropped.
+        """
+        connection = self.connection
+        if not self.open:
+            return
+        if (
+            not connection.blocked
+            and self._partial is None
+            and not self.schedule
+            and size <= self.h2.outbound_flow_control_window
+            and size <= connection.h2.outbound_flow_control_window
+            and (flow is None or not flow.held)
+        ):
+            self._emit(size, head, rest)
+            if flow is not None:
+                flow.taken += size
+            return
+        message = b"".join((head, *rest))
+        if flow is not None:
+            self.schedule.put(flow, message)
+        else:
+            self.schedule.put_urgent(message)
+            if self.schedule.urgent_size > _URGENT_LIMIT:
+                self.connection.refuse_stream(self, "the peer does not fetch its answers")
+                return
+        connection.enqueue(self)
+
+    @property
+    def congested(self) -> bool:
+        """Whether a message sent now would wait."""
+        return self.connection.blocked or self._partial is not None or bool(self.schedule)
+
+    def resume_flow(self, flow: Flow) -> None:
+        """Let a flow that was held go on."""
+        flow.held = False
+        if self.open:
+            self.schedule.activate(flow)
+            self.connection.enqueue(self)
+
+    def drop_flow(self, flow: Flow) -> int:
+        """Forget what a flow has queued; return how many bytes that was."""
+        return self.schedule.drop(flow)
+
+    def when_sent(self, finish: Callable[[], None]) -> None:
+        """Call *finish* once all that was sent so far is on its way; at most one at a time."""
+        if self._partial is None and not self.schedule:
+            finish()
+        else:
+            self._finish = finish
+
+    def pump(self) -> bool:
+        """Send queued messages for one turn; return whether another turn could send more now."""
+        connection = self.connection
+        turn = QUANTUM
+        while turn > 0 and self.open:
+            if connection.blocked:
+                return True
+            data = self._partial
+            if data is None:
+                message = self.schedule.take()
+                if message is None:
+                    finish, self._finish = self._finish, None
+                    if finish is not None:
+                        finish()
+                    return False
+                data = memoryview(message)
+            # A change of SETTINGS can make a window negative (RFC 9113 §6.9.2).
+            window = min(
+                self.h2.outbound_flow_control_window, connection.h2.outbound_flow_control_window
+            )
+            if window <= 0:
+                self._partial = data
+                return self.h2.outbound_flow_control_window > 0
+            size = len(data)
+            self._partial = data[window:] if size > window else None
+            self._emit(min(size, window), data[:window], ())
+            turn -= size
+        return self.open
+
+    def _emit(self, size: int, head: Buffer, rest: tuple[Buffer, ...]) -> None:
+        connection = self.connection
+        self.h2.outbound_flow_control_window -= size
+        connection.h2.outbound_flow_control_window -= size
+        largest = connection.max_frame_size
+        out = connection.out
+        if size <= largest:
+            out.append(_pack(size >> 8, size & 255, 0, 0, self.id))
+            out.append(head)
+            if rest:
+                out.extend(rest)
+        else:
+            self._emit_frames(size, (head, *rest), largest)
+        connection.wrote(size)
+
+    def _emit_frames(self, size: int, parts: tuple[Buffer, ...], largest: int) -> None:
+        out = self.connection.out
+        room = 0
+        for part in parts:
+            view = memoryview(part)
+            start, end = 0, len(view)
+            while start < end:
+                if not room:
+                    room = min(size, largest)
+                    size -= room
+                    out.append(_pack(room >> 8, room & 255, 0, 0, self.id))
+                stop = min(end, start + room)
+                out.append(view[start:stop])
+                room -= stop - start
+                start = stop
+
+    # -- receiving ---------------------------------------------------------------------------------
+
+    def hold(self, size: int) -> None:
+        """Count bytes that this stream brought and that wait in another queue."""
+        self._held += size
+
+    def release(self, size: int) -> None:
+        """Give back what was held."""
+        self._held -= size
+        self.credit()
+
+    def pause(self) -> None:
+        """Grant nothing until :meth:`resume` was called as often."""
+        self._paused += 1
+
+    def resume(self) -> None:
+        self._paused -= 1
+        self.credit()
+
+    @property
+    def paused(self) -> bool:
+        return self._paused > 0
+
+    def credit(self) -> None:
+        """Grant what was consumed, if it is worth a frame."""
+        if self._paused or not self.open or self.peer_ended:
+            return
+        room = self._window - self._held - self.h2.inbound_flow_control_window
+        if room >= self._window // 4:
+            self.connection.grant(self, room)

@@ -1,0 +1,283 @@
+"""The proxy server program: listeners, certificates, shutdown."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import socket
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from clusterproxy.errors import ConfigError
+from clusterproxy.http2.limits import Http2Limits
+from clusterproxy.rpc.keepalive import keep_alive
+from clusterproxy.rpc.server import RpcServer
+from clusterproxy.telemetry.admin import server_admin_handler, server_health_handler
+from clusterproxy.telemetry.listener import serve_http_socket
+from clusterproxy.telemetry.server_metrics import ServerMetrics
+from clusterproxy.transport.listener import Handshakes, accept_forever, listen_tcp, listen_unix
+from clusterproxy.transport.reload import ReloadingContext
+from clusterproxy.transport.stream import tune
+from clusterproxy.transport.tls import server_context
+from clusterproxy.tunnel.budget import Budget
+
+from .backend import backend_opener
+from .backends import BackendPool
+from .config import ServerConfig
+from .connect import ConnectTunnel
+from .frontend import frontend_opener
+from .state import PacketCounters, ServerState
+
+_log = logging.getLogger("clusterproxy.server")
+
+_PROXY: Final = "/ProxyService/Proxy"
+_CONNECT: Final = "/AgentService/Connect"
+
+
+class ProxyServer:
+    """One proxy server: what its listeners share.
+
+    Raises:
+      ConfigError: a certificate, key or CA file does not load.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self.metrics = ServerMetrics()
+        self.state = ServerState(
+            config=config,
+            metrics=self.metrics,
+            pool=BackendPool(config.proxy_strategies, self.metrics),
+            budget=Budget(each=config.connection_buffer_bytes, total=config.total_buffer_bytes),
+            data_packets=PacketCounters(self.metrics),
+        )
+        limits = Http2Limits(
+            max_streams=config.max_concurrent_streams,
+            max_header_list=config.max_header_list_bytes,
+            max_message_size=config.max_message_bytes,
+            max_resets_per_s=config.max_resets_per_s,
+            max_control_frames_per_s=config.max_control_frames_per_s,
+        )
+        self.frontends = RpcServer(
+            {_PROXY: frontend_opener(self.state)}, limits=limits, on_limit=self._count_limit
+        )
+        self.agents = RpcServer(
+            {_CONNECT: backend_opener(self.state)}, limits=limits, on_limit=self._count_limit
+        )
+        self.draining = False
+        self._clients = 0
+        self._idle = trio.Event()
+        self._handshakes = Handshakes(
+            config.max_handshakes,
+            self.metrics.handshakes_in_flight.set,
+            lambda reason: self.metrics.handshake_failures_total.labels(reason).inc(),
+        )
+        self._agent_tls = self._contexts("cluster", ["h2"])
+        # Upstream turns HTTP/2 off for CONNECT (TLSNextProto).
+        alpn = ["h2"] if config.mode == "grpc" else ["http/1.1"]
+        self._client_tls = None if config.uds_name else self._contexts("server", alpn)
+
+    def _count_limit(self, limit: str) -> None:
+        self.metrics.limit_exceeded_total.labels(limit).inc()
+
+    def _contexts(self, side: str, alpn: list[str]) -> ReloadingContext:
+        config = self.config
+        cert, key, ca = (getattr(config, f"{side}_{name}") for name in ("cert", "key", "ca_cert"))
+        if not cert:
+            raise ConfigError(f"{side}-cert", f"--{side}-cert and --{side}-key must be set")
+
+        def factory() -> ssl.SSLContext:
+            try:
+                return server_context(
+                    cert=cert,
+                    key=key,
+                    client_ca=ca or None,
+                    min_version=config.tls_min_version,
+                    cipher_suites=config.cipher_suites,
+                    alpn=alpn,
+                )
+            except ConfigError as error:
+                # The flag is named as the operator knows it.
+                field = {"cert": "cert", "key": "key"}.get(error.field, "ca-cert")
+                raise ConfigError(f"{side}-{field}", error.message) from error
+
+        def on_reload(result: str) -> None:
+            self.metrics.certificate_reload_total.labels(result).inc()
+            self._note_expiry(cert, contexts)
+
+        files = [file for file in (cert, key, ca) if file]
+        contexts = ReloadingContext(factory, files, certificate=cert, on_reload=on_reload)
+        self._note_expiry(cert, contexts)
+        return contexts
+
+    def _note_expiry(self, cert: str, contexts: ReloadingContext) -> None:
+        not_after = contexts.not_after()
+        if not_after is not None:
+            self.metrics.certificate_expiry_seconds.labels(cert).set(not_after)
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether dials can be served, and what to say if not."""
+        if self.draining:
+            return False, "shutting down"
+        return self.state.pool.ready, "no connection to any proxy agent"
+
+    # -- connections -------------------------------------------------------------------------------
+
+    async def serve_agent(self, sock: socket.socket) -> None:
+        """Serve one accepted connection of an agent."""
+        transport = await self._handshakes.shake(sock, self._agent_tls.current())
+        if transport is None:
+            return
+        if transport.tls is not None and transport.tls.selected_alpn_protocol() != "h2":
+            transport.close()
+            self.metrics.handshake_failures_total.labels("alpn").inc()
+            return
+        tune(sock, user_timeout=True)
+        reason = await self.agents.serve(transport)
+        _log.debug("connection of an agent ended: %s", reason)
+
+    async def serve_client(self, sock: socket.socket) -> None:
+        """Serve one accepted connection of a client."""
+        with self._counted():
+            context = None if self._client_tls is None else self._client_tls.current()
+            transport = await self._handshakes.shake(sock, context)
+            if transport is None:
+                return
+            if self.config.mode != "grpc":
+                await ConnectTunnel(self.state, transport).run()
+                return
+            if transport.tls is not None and transport.tls.selected_alpn_protocol() != "h2":
+                transport.close()
+                self.metrics.handshake_failures_total.labels("alpn").inc()
+                return
+            tune(sock, user_timeout=True)
+            reason = await self.frontends.serve(transport)
+            _log.debug("connection of a client ended: %s", reason)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._clients += 1
+        try:
+            yield
+        finally:
+            self._clients -= 1
+            if self.draining and not self._clients:
+                self._idle.set()
+
+    # -- life --------------------------------------------------------------------------------------
+
+    async def maintain(self) -> None:
+        """Keep certificates fresh and connections alive, until cancelled."""
+        config = self.config
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._agent_tls.watch)
+            if self._client_tls is not None:
+                nursery.start_soon(self._client_tls.watch)
+            nursery.start_soon(keep_alive, self.agents.connections, config.keepalive_time_s)
+            nursery.start_soon(
+                keep_alive, self.frontends.connections, config.frontend_keepalive_time_s
+            )
+
+    async def drain(self) -> None:
+        """Take no more calls and wait for those that are open."""
+        self.draining = True
+        if not self._clients:
+            return
+        self.frontends.drain()
+        await self._idle.wait()
+
+
+@contextlib.asynccontextmanager
+async def _unlinked(path: str) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        if path:
+            Path(path).unlink(missing_ok=True)
+
+
+async def run_server(config: ServerConfig) -> int:
+    """Run a proxy server until it is told to end by SIGINT or SIGTERM; return its exit status.
+
+    The first signal starts a graceful end: not ready, no new connections, GOAWAY, and open tunnels
+    go on for ``graceful_shutdown_timeout_s``. The second one ends it at once, with status 1.
+
+    Raises:
+      ConfigError: a file does not load or an address cannot be used.
+    """
+    server = ProxyServer(config)
+    health = server_health_handler(server.metrics, server.ready)
+    admin = server_admin_handler(server.metrics, enable_profiling=config.enable_profiling)
+    listeners: list[tuple[socket.socket, Callable[[socket.socket], Awaitable[None]]]] = []
+    with contextlib.ExitStack() as opened:
+        if config.uds_name:
+            client = listen_unix(config.uds_name, delete_existing=config.delete_existing_uds_file)
+        else:
+            client = listen_tcp(config.server_bind_address, config.server_port, "server-port")
+        listeners.append((opened.enter_context(client), server.serve_client))
+        for host, port, flag, serve in (
+            (config.agent_bind_address, config.agent_port, "agent-port", server.serve_agent),
+            (
+                config.health_bind_address,
+                config.health_port,
+                "health-port",
+                partial(serve_http_socket, health),
+            ),
+            (config.admin_bind_address, config.admin_port, "admin-port", partial(serve_http_socket, admin)),
+        ):
+            listeners.append((opened.enter_context(listen_tcp(host, port, flag)), serve))
+        async with _unlinked(config.uds_name):
+            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                return await _run(server, listeners, signals)
+
+
+async def _run(
+    server: ProxyServer,
+    listeners: list[tuple[socket.socket, Callable[[socket.socket], Awaitable[None]]]],
+    signals: AsyncIterator[int],
+) -> int:
+    config = server.config
+    status = 0
+    async with trio.open_nursery() as process:
+        process.start_soon(server.maintain)
+        tunnels, probes = listeners[:2], listeners[2:]
+        async with trio.open_nursery() as connections:
+            for listener, serve in probes:
+                # Until the very end: who looks after the process sees it drain.
+                process.start_soon(accept_forever, listener, serve, process)
+            async with trio.open_nursery() as accepting:
+                for listener, serve in tunnels:
+                    accepting.start_soon(accept_forever, listener, serve, connections)
+                where = config.uds_name or f"port {config.server_port}"
+                _log.info(
+                    "serving %s clients on %s, agents on port %d",
+                    config.mode,
+                    where,
+                    config.agent_port,
+                    extra={"server_id": config.server_id},
+                )
+                await anext(signals)
+                accepting.cancel_scope.cancel()
+            _log.info("draining for up to %g s", config.graceful_shutdown_timeout_s)
+            async with trio.open_nursery() as draining:
+
+                async def force() -> None:
+                    nonlocal status
+                    await anext(signals)
+                    status = 1
+                    draining.cancel_scope.cancel()
+
+                draining.start_soon(force)
+                with trio.move_on_after(config.graceful_shutdown_timeout_s):
+                    await server.drain()
+                draining.cancel_scope.cancel()
+            connections.cancel_scope.cancel()
+        process.cancel_scope.cancel()
+    _log.info("stopped")
+    return status

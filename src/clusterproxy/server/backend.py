@@ -1,0 +1,267 @@
+"""One agent's Connect stream."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from clusterproxy.errors import RPCError
+from clusterproxy.grpc import PREFIX_SIZE, Status
+from clusterproxy.tunnel.identifiers import Identifiers
+from clusterproxy_proto import (
+    CloseDial,
+    CloseRequest,
+    CloseResponse,
+    Data,
+    DecodeError,
+    DialResponse,
+    Drain,
+    Packet,
+    PacketType,
+    canonical_data,
+    decode,
+    encode,
+)
+
+from .connection import data_head
+
+if TYPE_CHECKING:
+    from clusterproxy.rpc.server import ServerCall
+
+    from .connection import Connection, PendingDial
+    from .state import ServerState
+
+_log = logging.getLogger("clusterproxy.server")
+
+# Connections that the agent was asked to close and that it has not confirmed yet.
+_CLOSING_LIMIT: Final = 10_000
+
+# Answers to what an agent sent without need are left out while so much waits for it.
+_ADVISORY_LIMIT: Final = 64 * 1024
+
+
+class Backend:
+    """The server's end of one agent's stream.
+
+    Attributes:
+      connections: by connectID, which is unique on this stream only.
+      dials: by the number under which the agent knows them.
+    """
+
+    def __init__(self, state: ServerState, call: ServerCall) -> None:
+        self._state = state
+        self.call = call
+        self.agent_id = _agent_id(call)
+        self.identifiers = _identifiers(call)
+        self.draining = False
+        self.connections: dict[int, Connection] = {}
+        self.dials: dict[int, PendingDial] = {}
+        self._closing: dict[int, None] = {}
+        self._retired = trio.Event()
+        call.receive = self._receive
+        call.on_half_close = self._retired.set
+        call.on_close = self._on_close
+        # At once: the agent waits for them, without a limit.
+        call.send_initial_metadata(
+            {
+                "serverid": [state.config.server_id],
+                "servercount": [str(state.config.server_count)],
+            }
+        )
+        state.metrics.grpc_connections.labels("Connect").inc()
+        state.pool.add(self)
+        _log.info("agent connected", extra={"agent_id": self.agent_id})
+
+    async def run(self) -> None:
+        """Serve until the agent ends its stream, or the backend is retired."""
+        await self._retired.wait()
+
+    def retire(self, reason: str) -> None:
+        """Choose this stream no more, and end it."""
+        self.draining = True
+        self._state.pool.remove(self)
+        _log.warning("agent retired: %s", reason, extra={"agent_id": self.agent_id})
+        self._retired.set()
+
+    def _on_close(self, status: Status, message: str) -> None:
+        self._state.pool.remove(self)
+        self._state.metrics.grpc_connections.labels("Connect").dec()
+        if status is not Status.OK:
+            self._state.metrics.stream_errors_total.labels(
+                "from_agent", status.go_name, "Unknown"
+            ).inc()
+        for dial in list(self.dials.values()):
+            if dial.remove():
+                self._state.count_dial_failure("backend_close")
+                dial.client.backend_gone(dial)
+        for connection in list(self.connections.values()):
+            self._remove(connection)
+            connection.drop_to_agent()
+            connection.closed_by_agent("")
+        _log.info(
+            "agent disconnected: %s", message or status.go_name, extra={"agent_id": self.agent_id}
+        )
+
+    # -- the table of connections ------------------------------------------------------------------
+
+    def adopt(self, connection: Connection) -> None:
+        """Note that a connection is established."""
+        self.connections[connection.connect_id] = connection
+        self._state.metrics.established_connections.inc()
+
+    def _remove(self, connection: Connection) -> None:
+        del self.connections[connection.connect_id]
+        connection.guard.close()
+        metrics = self._state.metrics
+        metrics.established_connections.dec()
+        metrics.connection_duration_seconds.observe(trio.current_time() - connection.started)
+
+    def disown(self, connection: Connection) -> None:
+        """Forget a connection that the agent was asked to close; what it still sends is dropped."""
+        self._remove(connection)
+        self._expect_close(connection.connect_id)
+
+    def _expect_close(self, connect_id: int) -> None:
+        self._closing[connect_id] = None
+        if len(self._closing) > _CLOSING_LIMIT:
+            del self._closing[next(iter(self._closing))]
+
+    # -- packets -----------------------------------------------------------------------------------
+
+    def _receive(self, size: int, head: memoryview, rest: tuple[memoryview, ...]) -> None:
+        found = canonical_data(head, PREFIX_SIZE, size - PREFIX_SIZE)
+        if found is None:
+            self._receive_other(b"".join((head[PREFIX_SIZE:], *rest)))
+            return
+        self._state.data_packets.from_agent.value += 1
+        connect_id, payload = found
+        connection = self.connections.get(connect_id)
+        if connection is None:
+            self._on_unknown(connect_id)
+        else:
+            connection.from_agent(size, head, rest, PREFIX_SIZE + payload)
+
+    def _receive_other(self, message: bytes) -> None:
+        try:
+            packet = decode(message)
+        except DecodeError as error:
+            # This stream is shared, so it goes on, as it does after any message that means nothing.
+            self._reject("undecodable", str(error))
+            return
+        self._state.count_packet("from_agent", _name(packet.type))
+        if not packet.consistent:
+            if packet.type in _TYPES:
+                self._reject("no_payload", f"packet of type {packet.type} without its payload")
+            return
+        match packet.payload:
+            case Data():
+                self._on_data(packet.payload)
+            case DialResponse():
+                self._on_dial_response(packet.payload)
+            case CloseResponse():
+                self._on_close_response(packet.payload)
+            case CloseDial():
+                self._on_close_dial(packet.payload)
+            case Drain() | None:
+                self.draining = True
+                _log.info("agent drains", extra={"agent_id": self.agent_id})
+            case _:
+                pass  # what only servers send
+
+    def _reject(self, reason: str, text: str) -> None:
+        self._state.reject("from_agent", reason)
+        _log.warning("packet of an agent ignored: %s", text, extra={"agent_id": self.agent_id})
+
+    def _on_data(self, data: Data) -> None:
+        """DATA in another form than the usual one, encoded afresh."""
+        connection = self.connections.get(data.connect_id)
+        if connection is None:
+            if data.connect_id:
+                self._on_unknown(data.connect_id)
+        elif data.data:
+            head = data_head(data.connect_id, len(data.data))
+            connection.from_agent(len(head) + len(data.data), head + data.data, (), len(head))
+
+    def _on_unknown(self, connect_id: int) -> None:
+        if connect_id in self._closing:
+            return
+        self._state.reject("from_agent", "unknown_connection")
+        self._ask_to_close(connect_id)
+
+    def _ask_to_close(self, connect_id: int) -> None:
+        if self.call.stream.schedule.urgent_size < _ADVISORY_LIMIT:
+            self._state.count_packet("to_agent", "CLOSE_REQ")
+            self.call.send(encode(Packet.of(CloseRequest(connect_id))))
+            self._expect_close(connect_id)
+
+    def _on_dial_response(self, response: DialResponse) -> None:
+        dial = self.dials.get(response.random)
+        if dial is None:
+            self._state.count_dial_failure("unrecognized_response")
+            if response.connect_id:
+                self._ask_to_close(response.connect_id)
+            return
+        dial.remove()
+        if response.error or not response.connect_id or response.connect_id in self.connections:
+            self._state.count_dial_failure("error_response")
+            dial.client.refused(dial, response.error or "agent answered without a connection ID")
+            return
+        self._state.metrics.dial_duration_seconds.observe(trio.current_time() - dial.started)
+        self._closing.pop(response.connect_id, None)
+        connection = dial.client.dialed(dial, response.connect_id)
+        self.adopt(connection)
+
+    def _on_close_response(self, response: CloseResponse) -> None:
+        self._closing.pop(response.connect_id, None)
+        connection = self.connections.get(response.connect_id)
+        if connection is not None:
+            self._remove(connection)
+            connection.closed_by_agent(response.error)
+
+    def _on_close_dial(self, closed: CloseDial) -> None:
+        dial = self.dials.get(closed.random)
+        if dial is not None:
+            dial.remove()
+            self._state.count_dial_failure("backend_close")
+            dial.client.withdrawn(dial)
+
+
+_TYPES: Final = frozenset(int(kind) for kind in PacketType)
+
+
+def _name(packet_type: int) -> str:
+    return PacketType(packet_type).name if packet_type in _TYPES else "Unknown"
+
+
+def _agent_id(call: ServerCall) -> str:
+    values = call.metadata.get("agentid", [])
+    if len(values) != 1:
+        listed = " ".join(map(str, values))
+        raise RPCError(Status.UNKNOWN, f"expected one agent ID in the context, got [{listed}]")
+    return str(values[0])
+
+
+def _identifiers(call: ServerCall) -> Identifiers:
+    values = call.metadata.get("agentidentifiers", [])
+    if len(values) > 1:
+        listed = " ".join(map(str, values))
+        text = f"expected at most one set of agent identifiers in the context, got [{listed}]"
+        raise RPCError(Status.UNKNOWN, text)
+    try:
+        return Identifiers.parse(str(values[0])) if values else Identifiers()
+    except ValueError as error:
+        raise RPCError(Status.UNKNOWN, f"fail to parse url encoded string: {error}") from error
+
+
+def backend_opener(
+    state: ServerState,
+) -> Callable[[ServerCall], Callable[[], Awaitable[None]]]:
+    """Return what opens a backend for each call of ``/AgentService/Connect``."""
+
+    def open_backend(call: ServerCall) -> Callable[[], Awaitable[None]]:
+        return Backend(state, call).run
+
+    return open_backend

@@ -1,0 +1,326 @@
+"""HTTP CONNECT: the other way for clients to reach an agent's services."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final, Never
+
+import h11
+import trio
+
+from clusterproxy.transport.outbox import current_outbox
+from clusterproxy.transport.sink import ByteSink
+from clusterproxy_proto import DialRequest
+
+from .connection import DIAL_TIMED_OUT, NO_AGENT, Client, Connection, PendingDial
+
+if TYPE_CHECKING:
+    from clusterproxy.http2.flow import Buffer
+    from clusterproxy.transport.stream import Transport
+
+    from .state import ServerState
+
+_log = logging.getLogger("clusterproxy.server")
+
+# As Go's net/http: DefaultMaxHeaderBytes, and the ReadHeaderTimeout that upstream sets.
+_MAX_HEADER: Final = 1024 * 1024
+_HEADER_TIMEOUT_S: Final = 60.0
+
+# A whole gRPC message of at most 32 KiB, which is a tier of grpc-go's buffer pool.
+_CHUNK: Final = 32_740
+
+# Stop reading the client while so much of it waits for the agent.
+_HIGH_WATER: Final = 512 * 1024
+
+# As long as the Go client waits for a CLOSE_RSP.
+_CLOSE_TIMEOUT_S: Final = 10.0
+
+_ESTABLISHED: Final = b"HTTP/1.1 200 Connection Established\r\n\r\n"
+_PLAIN: Final = "text/plain; charset=utf-8"
+_HOST: Final = re.compile(rb"\r?\nhost[ \t]*:", re.IGNORECASE)
+_HEAD_END: Final = re.compile(rb"\r?\n\r?\n")
+
+
+class _Refused(Exception):
+    """The request is answered, and the connection is not kept."""
+
+
+class ConnectTunnel(Client):
+    """One client's socket in HTTP CONNECT mode (upstream: pkg/server/tunnel.go, ServeHTTP)."""
+
+    def __init__(self, state: ServerState, transport: Transport) -> None:
+        self._state = state
+        self._transport = transport
+        self._outbox = current_outbox()
+        self._nursery: trio.Nursery | None = None
+        self._dialed = trio.Event()
+        self._error = b""
+        self._connection: ConnectConnection | None = None
+        self._over = trio.Event()
+        self._reading: trio.CancelScope | None = None
+        self.sink = ByteSink(transport, self.spawn, self._broken)
+
+    async def run(self) -> None:
+        """Serve the client until its connection ends. Cancellation: closes it at once."""
+        metrics = self._state.metrics
+        metrics.http_connections.inc()
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                await self._serve()
+                nursery.cancel_scope.cancel()
+        except* (_Refused, trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        finally:
+            self._nursery = None
+            if self._connection is not None:
+                self._connection.leave()
+                self._connection.guard.update()
+            self._transport.close()
+            metrics.http_connections.dec()
+
+    async def _serve(self) -> None:
+        address, early = await self._read_request()
+        backend = self._state.pool.choose(address)
+        if backend is None:
+            self._state.count_dial_failure("no_agent")
+            _log.warning("dial of %s failed: no agent", address)
+            text = f"currently no tunnels available: {NO_AGENT}"
+            await self._answer(_response(500, "text/plain", text))
+        request = DialRequest("tcp", address, secrets.randbits(63))
+        dial = PendingDial(self._state, self, backend, request)
+        try:
+            await self._dialed.wait()
+        finally:
+            if dial.remove():
+                self._state.count_dial_failure("frontend_close")
+        if self._connection is None:
+            await self._answer(self._error)
+        await self._copy(self._connection, early)
+
+    # -- the request -------------------------------------------------------------------------------
+
+    async def _read_request(self) -> tuple[str, bytes]:
+        """Return the target of the first CONNECT, and what came behind it."""
+        received = b""
+        while True:
+            with trio.move_on_after(_HEADER_TIMEOUT_S) as timeout:
+                head, received = await self._read_head(received)
+            if timeout.cancelled_caught:
+                raise _Refused
+            request = await self._parse(head)
+            if request.method == b"CONNECT":
+                return request.target.decode("ascii"), received
+            await self._answer_method(keep=request.http_version == b"1.1")
+
+    async def _read_head(self, received: bytes) -> tuple[bytes, bytes]:
+        while True:
+            end = _HEAD_END.search(received)
+            if end is not None:
+                return received[: end.end()], received[end.end() :]
+            if len(received) > _MAX_HEADER:
+                await self._answer(_bare(431, "Request Header Fields Too Large"))
+            view = await self._transport.receive()
+            if not view:
+                if received:
+                    await self._answer(_bare(400, "Bad Request"))
+                raise _Refused
+            received += view
+
+    async def _parse(self, head: bytes) -> h11.Request:
+        if head.startswith(b"CONNECT ") and not _HOST.search(head):
+            # Go asks every HTTP/1.1 request for a Host header except CONNECT; h11 asks this one too.
+            line_end = head.index(b"\n") + 1
+            head = head[:line_end] + b"Host: -\r\n" + head[line_end:]
+        parser = h11.Connection(h11.SERVER, max_incomplete_event_size=_MAX_HEADER)
+        try:
+            parser.receive_data(head)
+            event = parser.next_event()
+        except h11.RemoteProtocolError:
+            event = None
+        if not isinstance(event, h11.Request):
+            await self._answer(_bare(400, "Bad Request"))
+        return event
+
+    async def _answer_method(self, *, keep: bool) -> None:
+        body = b"this proxy only supports CONNECT passthrough\n"
+        lines = [
+            b"HTTP/1.1 405 Method Not Allowed",
+            b"Content-Type: text/plain; charset=utf-8",
+            b"X-Content-Type-Options: nosniff",
+            b"Content-Length: %d" % len(body),
+        ]
+        if not keep:
+            lines.append(b"Connection: close")
+        data = b"\r\n".join((*lines, b"", body))
+        if not keep:
+            await self._answer(data)
+        await self._write(data)
+
+    async def _write(self, data: bytes) -> None:
+        if not self._transport.send((data,)):
+            await self._transport.drain()
+
+    async def _answer(self, data: bytes) -> Never:
+        """Send an answer, and end the connection."""
+        with trio.move_on_after(_CLOSE_TIMEOUT_S):
+            await self._write(data)
+            self._transport.send_eof()
+            # Closing a socket that has unread bytes resets it, and the answer may be lost with it.
+            for _ in range(64):
+                if not await self._transport.receive():
+                    break
+        raise _Refused
+
+    # -- the dial ----------------------------------------------------------------------------------
+
+    def dialed(self, dial: PendingDial, connect_id: int) -> Connection:
+        self._connection = ConnectConnection(self._state, dial, connect_id, self)
+        # Here and not in our task: nothing can get in front of it.
+        self.sink.send((_ESTABLISHED,))
+        self._dialed.set()
+        return self._connection
+
+    def _fail(self, status: int, body: str) -> None:
+        self._error = _response(status, _PLAIN, body)
+        self._dialed.set()
+
+    def refused(self, dial: PendingDial, error: str) -> None:  # noqa: ARG002
+        self._error = _response(_status_of(error), _PLAIN, error, close=True)
+        self._dialed.set()
+
+    def withdrawn(self, dial: PendingDial) -> None:  # noqa: ARG002
+        self._fail(502, "Backend context error: context canceled\r\n")
+
+    def timed_out(self, dial: PendingDial, *, unsent: bool) -> None:  # noqa: ARG002
+        what = "Failed to tunnel dial request" if unsent else "Backend dial timeout"
+        self._fail(504, f"{what}: {DIAL_TIMED_OUT}\r\n")
+
+    def backend_gone(self, dial: PendingDial) -> None:  # noqa: ARG002
+        self._fail(502, "Backend context error: context canceled\r\n")
+
+    def spawn(self, function: Callable[..., Awaitable[None]], /, *args: object) -> None:
+        if self._nursery is not None:
+            self._nursery.start_soon(function, *args)
+
+    # -- bytes -------------------------------------------------------------------------------------
+
+    async def _copy(self, connection: ConnectConnection, early: bytes) -> None:
+        """Copy from the client until it or the agent ends, then let the rest go out."""
+        with trio.CancelScope() as self._reading:
+            if self._over.is_set():
+                self._reading.cancel()
+            await self._copy_to_agent(connection, early)
+        connection.request_close()
+        with trio.move_on_after(_CLOSE_TIMEOUT_S):
+            await self._over.wait()
+        sent = trio.Event()
+        self.sink.finish(sent.set)
+        await sent.wait()
+
+    async def _copy_to_agent(self, connection: ConnectConnection, early: bytes) -> None:
+        view = memoryview(early)
+        while True:
+            if view:
+                with self._outbox:
+                    for start in range(0, len(view), _CHUNK):
+                        connection.send_to_agent(view[start : start + _CHUNK])
+                await connection.room()
+            view = await self._transport.receive()
+            if not view:
+                return
+
+    def over(self) -> None:
+        """The agent has closed the connection."""
+        self._over.set()
+        if self._reading is not None:
+            self._reading.cancel()
+
+    def abort(self) -> None:
+        """Give the client up."""
+        self._transport.close(reset=True)
+        self.over()
+
+    def _broken(self, _reason: str) -> None:
+        if self._connection is not None:
+            self._connection.guard.update()
+        self.over()
+
+
+class ConnectConnection(Connection):
+    """A proxied connection of an HTTP CONNECT client."""
+
+    __slots__ = ("_room", "_tunnel")
+
+    def __init__(
+        self, state: ServerState, dial: PendingDial, connect_id: int, tunnel: ConnectTunnel
+    ) -> None:
+        super().__init__(state, dial, connect_id, tunnel.sink)
+        self._tunnel = tunnel
+        self._room = trio.Event()
+        self.to_agent.on_drain = self._drained_to_agent
+        tunnel.sink.on_drain = self._drained_to_client
+
+    async def room(self) -> None:
+        """Wait while too much of the client waits for the agent."""
+        if self.to_agent.queued > _HIGH_WATER:
+            self._room = trio.Event()
+            await self._room.wait()
+        else:
+            await trio.lowlevel.checkpoint()
+
+    def _drained_to_client(self) -> None:
+        self.guard.update()
+
+    def _drained_to_agent(self, _size: int) -> None:
+        if self.to_agent.queued <= _HIGH_WATER // 2:
+            self._room.set()
+
+    def from_agent(self, size: int, head: Buffer, rest: tuple[Buffer, ...], payload: int) -> None:  # noqa: ARG002
+        self._state.data_packets.to_client.value += 1
+        sink = self._tunnel.sink
+        sink.send((memoryview(head)[payload:], *rest))
+        if sink.queued:
+            self.note_queue()
+
+    def closed_by_agent(self, error: str) -> None:  # noqa: ARG002
+        self._tunnel.over()
+
+    def give_up(self) -> None:
+        self._tunnel.abort()
+
+    def _spawn(self, function: Callable[..., Awaitable[None]], /, *args: object) -> None:
+        self._tunnel.spawn(function, *args)
+
+
+def _status_of(error: str) -> int:
+    """Map an agent's error to a status (upstream: mapDialErrorToHTTPStatus)."""
+    text = error.lower()
+    if "timeout" in text or "deadline exceeded" in text:
+        return 504
+    return 503 if "too many open files" in text else 502
+
+
+_REASONS: Final = {
+    500: "Internal Server Error",
+    502: "Bad Gateway",
+    503: "Service Unavailable",
+    504: "Gateway Timeout",
+}
+
+
+def _response(status: int, content_type: str, body: str, *, close: bool = False) -> bytes:
+    lines = [f"HTTP/1.1 {status} {_REASONS[status]}"]
+    if close:
+        lines.append("Connection: close")
+    lines += [f"Content-Type: {content_type}", "", body]
+    return "\r\n".join(lines).encode()
+
+
+def _bare(status: int, reason: str) -> bytes:
+    """An answer as Go's net/http gives it to what is no request."""
+    line = f"{status} {reason}"
+    return f"HTTP/1.1 {line}\r\nContent-Type: {_PLAIN}\r\nConnection: close\r\n\r\n{line}".encode()

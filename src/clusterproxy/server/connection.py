@@ -1,0 +1,264 @@
+"""A dial that waits for its answer, and the proxied connection that comes of it."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from clusterproxy.grpc import prefix
+from clusterproxy.http2.flow import Buffer, Flow
+from clusterproxy.transport.stall import watch_stall
+from clusterproxy.tunnel.budget import Guard, Queue
+from clusterproxy_proto import (
+    CloseDial,
+    CloseRequest,
+    DialRequest,
+    Packet,
+    data_header,
+    encode,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from .backend import Backend
+    from .state import ServerState
+
+_log = logging.getLogger("clusterproxy.server")
+
+NO_AGENT: Final = "No agent available"
+DIAL_TIMED_OUT: Final = "timed out waiting for backend dial"
+
+
+class Client(ABC):
+    """Who asked for a connection: a gRPC stream or an HTTP CONNECT socket.
+
+    All methods are called by a reader and never wait.
+    """
+
+    @abstractmethod
+    def dialed(self, dial: PendingDial, connect_id: int) -> Connection:
+        """The agent has connected."""
+
+    @abstractmethod
+    def refused(self, dial: PendingDial, error: str) -> None:
+        """The agent could not connect."""
+
+    @abstractmethod
+    def withdrawn(self, dial: PendingDial) -> None:
+        """The agent took the dial back with a DIAL_CLS."""
+
+    @abstractmethod
+    def timed_out(self, dial: PendingDial, *, unsent: bool) -> None:
+        """The agent did not answer; *unsent* if the request never left for it."""
+
+    @abstractmethod
+    def backend_gone(self, dial: PendingDial) -> None:
+        """The agent's stream has ended before it answered."""
+
+    @abstractmethod
+    def spawn(self, function: Callable[..., Awaitable[None]], /, *args: object) -> None:
+        """Start a task that lives as long as this client's stream or socket."""
+
+
+class PendingDial:
+    """A DIAL_REQ that an agent has not answered yet.
+
+    Attributes:
+      random: the client's number for it.
+      wire_random: the number that the agent sees: another one only if the client's is taken there.
+    """
+
+    __slots__ = (
+        "_answered",
+        "_sequence",
+        "_state",
+        "address",
+        "backend",
+        "client",
+        "random",
+        "started",
+        "wire_random",
+    )
+
+    def __init__(
+        self, state: ServerState, client: Client, backend: Backend, request: DialRequest
+    ) -> None:
+        self._state = state
+        self.client = client
+        self.backend = backend
+        self.random = request.random
+        self.wire_random = request.random
+        self.address = request.address
+        self.started = trio.current_time()
+        self._answered = trio.Event()
+        while self.wire_random in backend.dials:
+            self.wire_random = secrets.randbits(63)
+        backend.dials[self.wire_random] = self
+        state.metrics.pending_backend_dials.inc()
+        if self.wire_random != request.random:
+            request = DialRequest(request.protocol, request.address, self.wire_random)
+        state.count_packet("to_agent", "DIAL_REQ")
+        backend.call.send(encode(Packet.of(request)))
+        self._sequence = backend.call.stream.schedule.urgent_put
+        if state.dial_timeout_s < float("inf"):
+            client.spawn(self._expire)
+
+    @property
+    def unsent(self) -> bool:
+        """Whether the request still waits for room towards the agent."""
+        schedule = self.backend.call.stream.schedule
+        return schedule.urgent_taken < self._sequence
+
+    def remove(self) -> bool:
+        """Take it out of the table; return whether it was still there."""
+        if self.backend.dials.pop(self.wire_random, None) is None:
+            return False
+        self._answered.set()
+        self._state.metrics.pending_backend_dials.dec()
+        return True
+
+    def abandon(self) -> None:
+        """The client takes the dial back; the agent is told, for what it is worth."""
+        if self.remove():
+            self._state.count_packet("to_agent", "DIAL_CLS")
+            self.backend.call.send(encode(Packet.of(CloseDial(self.wire_random))))
+
+    async def _expire(self) -> None:
+        with trio.move_on_after(self._state.dial_timeout_s):
+            await self._answered.wait()
+            return
+        unsent = self.unsent
+        if not self.remove():
+            return
+        self._state.count_dial_failure("backend_dial_timeout")
+        _log.warning(
+            "dial of %s timed out: agent %s did not answer",
+            self.address,
+            self.backend.agent_id,
+            extra={"agent_id": self.backend.agent_id, "dial_id": self.random},
+        )
+        if unsent:
+            self.backend.retire("a dial could not be sent to it")
+        self.client.timed_out(self, unsent=unsent)
+
+
+class Connection(ABC):
+    """One proxied connection, known by its agent's stream and the number it has there.
+
+    Bytes from the agent come on a stream that others share, so they are queued for the client within
+    a budget (:attr:`guard`). Bytes from the client come on a stream or socket of its own, which is
+    simply not read, or granted nothing, while they wait.
+    """
+
+    __slots__ = ("_state", "backend", "closing", "connect_id", "guard", "started", "to_agent")
+
+    def __init__(self, state: ServerState, dial: PendingDial, connect_id: int, queue: Queue) -> None:
+        self._state = state
+        self.backend = dial.backend
+        self.connect_id = connect_id
+        self.closing = False
+        self.started = trio.current_time()
+        self.to_agent = Flow()
+        stream = dial.backend.call.stream
+        self.guard = Guard(queue, state.budget, stream.pause, stream.resume)
+
+    @property
+    def log_fields(self) -> dict[str, object]:
+        """What names this connection in the logs of server and agent alike."""
+        return {"agent_id": self.backend.agent_id, "connection_id": self.connect_id}
+
+    # -- client to agent ---------------------------------------------------------------------------
+
+    def forward_to_agent(self, size: int, head: Buffer, rest: tuple[Buffer, ...]) -> None:
+        """Pass on a DATA message as it is; the client's source is held for what must wait."""
+        self._state.data_packets.to_agent.value += 1
+        before = self.to_agent.queued
+        self.backend.call.forward(self.to_agent, size, head, rest)
+        if self.to_agent.queued != before:
+            self._hold(self.to_agent.queued - before)
+
+    def _hold(self, size: int) -> None:
+        """Count bytes of the client that wait for the agent; what leaves counts in ``on_drain``."""
+
+    def drop_to_agent(self) -> None:
+        """The agent is gone, and with it what waited for it."""
+        dropped = self.backend.call.stream.drop_flow(self.to_agent)
+        if dropped and self.to_agent.on_drain is not None:
+            self.to_agent.on_drain(dropped)
+
+    def send_to_agent(self, payload: Buffer) -> None:
+        """Make a DATA message of a payload."""
+        head = data_head(self.connect_id, len(payload))
+        self.forward_to_agent(len(head) + len(payload), head, (payload,))
+
+    def request_close(self) -> None:
+        """Ask the agent to close, behind what was sent. Idempotent."""
+        if self.closing:
+            return
+        self.closing = True
+        self._state.count_packet("to_agent", "CLOSE_REQ")
+        before = self.to_agent.queued
+        message = encode(Packet.of(CloseRequest(self.connect_id)))
+        self.backend.call.send_behind(self.to_agent, message)
+        if self.to_agent.queued != before:
+            self._hold(self.to_agent.queued - before)
+
+    def leave(self) -> None:
+        """The client is gone: forget the connection and have the agent close it."""
+        if self.backend.connections.get(self.connect_id) is self:
+            self.request_close()
+            self.backend.disown(self)
+
+    # -- agent to client ---------------------------------------------------------------------------
+
+    @abstractmethod
+    def from_agent(self, size: int, head: Buffer, rest: tuple[Buffer, ...], payload: int) -> None:
+        """Pass on a DATA message whose payload begins at offset *payload* of *head*."""
+
+    @abstractmethod
+    def closed_by_agent(self, error: str) -> None:
+        """The agent has closed it, or its stream has ended; what it sent is delivered first."""
+
+    @abstractmethod
+    def give_up(self) -> None:
+        """The client makes no progress: end the connection on its side, with the reason."""
+
+    def note_queue(self) -> None:
+        """Look at the client's queue after something was put in or taken out."""
+        if self.guard.update():
+            self._spawn(self._watch)
+
+    @abstractmethod
+    def _spawn(self, function: Callable[..., Awaitable[None]], /, *args: object) -> None: ...
+
+    async def _watch(self) -> None:
+        metrics = self._state.metrics
+        metrics.full_receive_channels.labels("Connect").inc()
+        metrics.paused_streams.inc()
+        try:
+            await watch_stall(self.guard, self._state.config.stall_timeout_s, self._stalled)
+        finally:
+            metrics.full_receive_channels.labels("Connect").dec()
+            metrics.paused_streams.dec()
+
+    def _stalled(self) -> None:
+        self._state.metrics.stalled_connections_total.labels("to_client").inc()
+        _log.warning(
+            "connection closed: its client took nothing for %g s while %d bytes waited",
+            self._state.config.stall_timeout_s,
+            self._state.budget.each,
+            extra=self.log_fields,
+        )
+        self.leave()
+        self.give_up()
+
+
+def data_head(connect_id: int, size: int) -> bytes:
+    """Return what goes before *size* bytes of payload: gRPC prefix and DATA packet."""
+    header = data_header(connect_id, size)
+    return prefix(len(header) + size) + header

@@ -1,0 +1,59 @@
+"""What all parts of one proxy server share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import attrs
+
+from clusterproxy.telemetry.server_metrics import ServerMetrics
+
+if TYPE_CHECKING:
+    from clusterproxy.telemetry.cells import Cell
+    from clusterproxy.tunnel.budget import Budget
+
+    from .backends import BackendPool
+    from .config import ServerConfig
+
+# "No limit" of --backend-dial-timeout.
+_FOR_EVER: Final = float("inf")
+
+
+class PacketCounters:
+    """The cells that every DATA packet counts in, looked up once."""
+
+    __slots__ = ("from_agent", "from_client", "to_agent", "to_client")
+
+    def __init__(self, metrics: ServerMetrics) -> None:
+        def cell(segment: str) -> Cell:
+            return metrics.stream_packets_total.labels(segment, "DATA")
+
+        self.from_client = cell("from_client")
+        self.to_client = cell("to_client")
+        self.from_agent = cell("from_agent")
+        self.to_agent = cell("to_agent")
+
+
+@attrs.define(kw_only=True)
+class ServerState:
+    """Configuration, metrics and the tables of one server."""
+
+    config: ServerConfig
+    metrics: ServerMetrics
+    pool: BackendPool
+    budget: Budget
+    data_packets: PacketCounters
+
+    @property
+    def dial_timeout_s(self) -> float:
+        return self.config.backend_dial_timeout_s or _FOR_EVER
+
+    def count_packet(self, segment: str, packet_type: str) -> None:
+        self.metrics.stream_packets_total.labels(segment, packet_type).value += 1
+
+    def count_dial_failure(self, reason: str) -> None:
+        self.metrics.dial_failure_count.labels(reason).value += 1
+
+    def reject(self, segment: str, reason: str) -> None:
+        """Count a packet that was refused."""
+        self.metrics.rejected_packets_total.labels(segment, reason).value += 1

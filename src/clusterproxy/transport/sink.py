@@ -1,0 +1,163 @@
+"""The bytes that go out of a tunnel into a plain byte stream: a client's or a service's socket."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final, Protocol
+
+import trio
+
+from .outbox import current_outbox
+
+if TYPE_CHECKING:
+    from .stream import Buffer, Transport
+
+# One write takes at most so much of the queue.
+_CHUNK: Final = 256 * 1024
+
+
+class Spawn(Protocol):
+    def __call__(self, function: Callable[..., Awaitable[None]], /, *args: object) -> None:
+        """Start a task that lives as long as the connection."""
+
+
+class ByteSink:
+    """Writes to a transport without waiting; what it does not take is queued.
+
+    Attributes:
+      queued: bytes that wait, in the queue or for room in the socket.
+      taken: bytes that the socket has taken since the beginning.
+      on_drain: called whenever ``queued`` has shrunk.
+      broken: whether a write failed; from then on everything is dropped.
+
+    Args:
+      spawn: starts the task that writes while the socket is full.
+      on_broken: called once when a write fails.
+    """
+
+    __slots__ = (
+        "_finish",
+        "_lent",
+        "_on_broken",
+        "_outbox",
+        "_posted",
+        "_queue",
+        "_spawn",
+        "_transport",
+        "_writing",
+        "broken",
+        "on_drain",
+        "queued",
+        "taken",
+    )
+
+    def __init__(
+        self, transport: Transport, spawn: Spawn, on_broken: Callable[[str], None]
+    ) -> None:
+        self._transport = transport
+        self._spawn = spawn
+        self._on_broken = on_broken
+        self._outbox = current_outbox()
+        self._queue: deque[Buffer] = deque()
+        self._lent: list[Buffer] = []
+        self._posted = False
+        self._writing = False
+        self._finish: Callable[[], None] | None = None
+        self.queued = 0
+        self.taken = 0
+        self.broken = False
+        self.on_drain: Callable[[], None] = lambda: None
+
+    def send(self, parts: tuple[Buffer, ...]) -> None:
+        """Send bytes; the buffers are lent for this batch."""
+        if self.broken:
+            return
+        if self._writing:
+            for part in parts:
+                self._queue.append(bytes(part))
+                self.queued += len(part)
+            return
+        self._lent.extend(parts)
+        if not self._posted:
+            self._posted = True
+            self._outbox.post(self)
+
+    def flush(self) -> None:
+        """Write what was lent in this batch."""
+        self._posted = False
+        lent = self._lent
+        if not lent or self.broken:
+            return
+        self._lent = []
+        size = sum(map(len, lent))
+        try:
+            sent = self._transport.send(lent)
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            self._break(str(error))
+            return
+        if sent:
+            self.taken += size
+            self._check_finish()
+            return
+        unsent = self._transport.unsent
+        self.taken += max(0, size - unsent)
+        self.queued += unsent
+        self._writing = True
+        self._spawn(self._write)
+
+    async def _write(self) -> None:
+        """Write the queue until it is empty; the only writer meanwhile."""
+        transport = self._transport
+        try:
+            while True:
+                waiting = transport.unsent
+                await transport.drain()
+                self._took(waiting)
+                if not self._queue:
+                    break
+                chunk, size = [], 0
+                while self._queue and size < _CHUNK:
+                    part = self._queue.popleft()
+                    chunk.append(part)
+                    size += len(part)
+                if transport.send(chunk):
+                    self._took(size)
+                else:
+                    self._took(max(0, size - transport.unsent))
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            self._break(str(error))
+            return
+        self._writing = False
+        self._check_finish()
+
+    def _took(self, size: int) -> None:
+        # TLS adds bytes of its own, so the count of what waits in the socket is only about right.
+        size = min(size, self.queued)
+        self.queued -= size
+        self.taken += size
+        self.on_drain()
+
+    def finish(self, done: Callable[[], None]) -> None:
+        """Call *done* once everything sent so far is with the kernel, or lost."""
+        self._finish = done
+        self._check_finish()
+
+    def _check_finish(self) -> None:
+        if self._finish is not None and not self._writing and not self._lent:
+            done, self._finish = self._finish, None
+            done()
+
+    def discard(self) -> None:
+        """Drop what waits, and everything that is sent from now on."""
+        self.broken = True
+        self._writing = False
+        self._lent.clear()
+        self._queue.clear()
+        self.queued = 0
+
+    def _break(self, reason: str) -> None:
+        self.discard()
+        self.on_drain()
+        self._on_broken(reason)
+        self._check_finish()

@@ -1,0 +1,342 @@
+"""A connected socket, plain or TLS, that is read in batches and written without waiting.
+
+``trio.SSLStream`` hands out one TLS record per await. Here everything that the kernel has is read and
+decrypted at once into a buffer that all connections of the process share, and what is sent goes out
+within the call as far as the socket takes it. See "The data path" in docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import ssl
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Final, cast
+
+import trio
+
+Buffer = bytes | bytearray | memoryview
+
+#: Bytes asked of the kernel at once.
+READ_SIZE: Final = 256 * 1024
+
+# A MemoryBIO never shrinks, so it is written in slices and drained between them.
+_SLICE: Final = 64 * 1024
+
+# Enough for any flight of a handshake; the BIO keeps the size of the largest write.
+_HANDSHAKE_READ: Final = 16 * 1024
+
+# What one record can add to the plaintext beyond the ciphertext of its own batch.
+_RECORD: Final = 16 * 1024 + 512
+
+# RFC 5482. Covers a cut line; a peer that lives but does not read keeps its window open here, for an
+# HTTP/2 reader never stops reading its socket.
+_USER_TIMEOUT_MS: Final = 15_000
+_KEEPALIVE_S: Final = 15
+
+_GONE: Final = frozenset((errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT, errno.ESHUTDOWN))
+
+
+class _Buffers(threading.local):
+    """The read buffers of this thread's event loop.
+
+    One pair serves all connections: whoever reads consumes or copies everything before its next
+    checkpoint, so an idle connection costs no buffer.
+    """
+
+    def __init__(self) -> None:
+        self.cipher = memoryview(bytearray(READ_SIZE))
+        self.plain = memoryview(bytearray(READ_SIZE + _RECORD))
+
+
+_buffers: Final = _Buffers()
+
+
+def tune(sock: socket.socket, *, user_timeout: bool) -> None:
+    """Set the options of a TCP socket as Go does; on others this does nothing.
+
+    *user_timeout* is for HTTP/2 sockets only: it also ends a live peer that does not read.
+    """
+    if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
+        return
+    # A connection that is gone already fails here with EINVAL on some kernels; its reader will tell.
+    with suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_S)
+        if user_timeout:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
+
+
+class Transport:
+    """One connected socket. It has one reader; writes are synchronous.
+
+    Args:
+      sock: connected and non-blocking; the transport owns it from now on.
+      context: with it the transport speaks TLS, see :meth:`handshake`.
+      server_side, server_hostname: as in :meth:`ssl.SSLContext.wrap_bio`.
+    """
+
+    __slots__ = ("_cipher", "_closed", "_eof", "_in", "_more", "_out", "_plain", "_unsent", "sock", "tls")
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        context: ssl.SSLContext | None = None,
+        *,
+        server_side: bool = False,
+        server_hostname: str | None = None,
+    ) -> None:
+        self.sock = sock
+        self.tls: ssl.SSLObject | None = None
+        self._unsent: bytes | memoryview = b""
+        self._closed = False
+        self._eof = False
+        self._more = False
+        self._cipher = _buffers.cipher
+        self._plain = _buffers.plain
+        if context is not None:
+            self._in = ssl.MemoryBIO()
+            self._out = ssl.MemoryBIO()
+            self.tls = context.wrap_bio(
+                self._in, self._out, server_side=server_side, server_hostname=server_hostname
+            )
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the socket was full: nothing more may be sent until :meth:`drain` returns."""
+        return bool(self._unsent)
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that :meth:`drain` has to send, as they go on the wire."""
+        return len(self._unsent)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    async def handshake(self) -> None:
+        """Shake hands; without TLS this does nothing.
+
+        Raises:
+          ssl.SSLError: the peer's certificate or its TLS is not acceptable. The alert was sent.
+          trio.BrokenResourceError: the connection ended.
+        Cancellation: leaves the transport unusable; close it.
+        """
+        tls = self.tls
+        if tls is None:
+            return
+        while True:
+            try:
+                tls.do_handshake()
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLError:
+                self._send_now(self._out.read())
+                raise
+            else:
+                break
+            await self._send_all(self._out.read())
+            received = await self._receive_into(self._cipher[:_HANDSHAKE_READ])
+            if not received:
+                raise trio.BrokenResourceError("connection closed during the TLS handshake")
+            self._in.write(self._cipher[:received])
+        await self._send_all(self._out.read())
+        # The first bytes of the protocol may have come with the last ones of the handshake.
+        self._more = True
+
+    async def receive(self) -> memoryview:
+        """Return what has arrived, empty at the end of the stream.
+
+        The result is valid until the caller's next checkpoint. Returns without a checkpoint if the
+        kernel has data; a caller that loops must see to the others.
+
+        Raises:
+          trio.BrokenResourceError: the connection broke, or its TLS did.
+          trio.ClosedResourceError: closed by another task meanwhile.
+        """
+        if self.tls is None:
+            received = await self._receive_into(self._plain)
+            return self._plain[:received]
+        while not self._eof:
+            received = 0
+            if not self._more:
+                received = await self._receive_into(self._cipher)
+                self._eof = not received
+            plain = self._decrypt(received)
+            if plain:
+                return self._plain[:plain]
+        return self._plain[:0]
+
+    def _decrypt(self, received: int) -> int:
+        """Decrypt *received* bytes of ciphertext, and what was left over, into the plain buffer."""
+        tls, bio, plain, cipher = self.tls, self._in, self._plain, self._cipher
+        assert tls is not None  # noqa: S101
+        room = len(plain)
+        filled = position = 0
+        while True:
+            if position < received:
+                stop = min(position + _SLICE, received)
+                bio.write(cipher[position:stop])
+                position = stop
+            try:
+                # Asking first saves the SSLWantReadError at the end of nearly every batch.
+                while (bio.pending or tls.pending()) and filled < room:
+                    count = cast("int", tls.read(room - filled, plain[filled:]))
+                    if not count:
+                        self._eof = True
+                        break
+                    filled += count
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLZeroReturnError:
+                self._eof = True
+            except ssl.SSLError as error:
+                self._eof = True
+                self._flush_out()
+                if filled:
+                    break  # what came before the broken record still counts
+                raise trio.BrokenResourceError(f"TLS: {error.reason or error}") from error
+            if self._eof or position >= received:
+                break
+        self._more = filled >= room
+        self._flush_out()
+        return filled
+
+    def _flush_out(self) -> None:
+        # A key update, an alert or a renegotiation refused: reading can produce output.
+        if self._out.pending:
+            self._send_now(self._out.read())
+
+    async def _receive_into(self, buffer: memoryview) -> int:
+        while True:
+            try:
+                return self.sock.recv_into(buffer)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self.sock)
+            except OSError as error:
+                raise self._broken(error) from error
+
+    def send(self, parts: Sequence[Buffer]) -> bool:
+        """Send as much as the socket takes; return whether all went out.
+
+        What is left is kept (copied, so the parts may be reused) and goes out with :meth:`drain`,
+        until which nothing more may be sent. Never waits and is no checkpoint.
+
+        Raises:
+          trio.BrokenResourceError, trio.ClosedResourceError
+        """
+        if self._unsent:
+            raise trio.BusyResourceError("the socket is full")
+        tls = self.tls
+        if tls is None:
+            return self._send_parts(parts)
+        data = memoryview(parts[0] if len(parts) == 1 else b"".join(parts))
+        size = len(data)
+        out = self._out
+        try:
+            if size <= _SLICE:
+                tls.write(data)
+                return self._send_now(out.read())
+            records: list[Buffer] = []
+            for start in range(0, size, _SLICE):
+                tls.write(data[start : start + _SLICE])
+                records.append(out.read())
+        except ssl.SSLError as error:
+            raise trio.BrokenResourceError(f"TLS: {error.reason or error}") from error
+        return self._send_parts(records)
+
+    def _send_parts(self, parts: Sequence[Buffer]) -> bool:
+        if len(parts) == 1:
+            return self._send_now(parts[0])
+        if len(parts) > 512:  # IOV_MAX is 1,024
+            return self._send_now(b"".join(parts))
+        total = sum(map(len, parts))
+        try:
+            sent = self.sock.sendmsg(parts)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            raise self._broken(error) from error
+        if sent == total:
+            return True
+        self._unsent = memoryview(b"".join(parts))[sent:]
+        return False
+
+    def _send_now(self, data: Buffer) -> bool:
+        if self._unsent:
+            self._unsent = bytes(self._unsent) + bytes(data)
+            return False
+        try:
+            sent = self.sock.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            raise self._broken(error) from error
+        if sent == len(data):
+            return True
+        self._unsent = bytes(memoryview(data)[sent:])
+        return False
+
+    async def drain(self) -> None:
+        """Wait until what :meth:`send` kept is gone.
+
+        Raises:
+          trio.BrokenResourceError, trio.ClosedResourceError
+        Cancellation: what is unsent stays; drain again.
+        """
+        while self._unsent:
+            await trio.lowlevel.wait_writable(self.sock)
+            try:
+                sent = self.sock.send(self._unsent)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise self._broken(error) from error
+            self._unsent = memoryview(self._unsent)[sent:] if sent < len(self._unsent) else b""
+
+    async def _send_all(self, data: bytes) -> None:
+        if data and not self._send_now(data):
+            await self.drain()
+
+    def _broken(self, error: OSError) -> trio.BrokenResourceError | trio.ClosedResourceError:
+        if self._closed:
+            return trio.ClosedResourceError("closed by another task")
+        if error.errno in _GONE:
+            return trio.BrokenResourceError(str(error.strerror))
+        return trio.BrokenResourceError(str(error))
+
+    def send_eof(self) -> None:
+        """Send FIN (and a TLS closure alert before it); no more may be sent. Ignores a dead peer."""
+        with suppress(OSError, ssl.SSLError, trio.BrokenResourceError, trio.ClosedResourceError):
+            if self.tls is not None:
+                with suppress(ssl.SSLError):
+                    self.tls.unwrap()
+                self._flush_out()
+            self.sock.shutdown(socket.SHUT_WR)
+
+    def close(self, *, reset: bool = False) -> None:
+        """Close at once; waiting tasks get ``trio.ClosedResourceError``. Idempotent, never waits.
+
+        With *reset* the peer sees a reset (RST) and not an orderly end.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if reset:
+            with suppress(OSError):
+                self.sock.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00"
+                )
+        elif self.tls is not None and not self._unsent:
+            with suppress(ssl.SSLError, OSError, ValueError):
+                self.tls.unwrap()
+            if self._out.pending:
+                with suppress(OSError):
+                    self.sock.send(self._out.read())
+        trio.lowlevel.notify_closing(self.sock)
+        self.sock.close()

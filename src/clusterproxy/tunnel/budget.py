@@ -1,0 +1,137 @@
+"""How much may wait for one consumer, and who is made to wait when it is too much.
+
+A reader never waits for a consumer. Where the source of a queue is shared by others, only two things
+can be done about a consumer that does not keep up: withhold the source's credit, which slows all who
+share it, or close that one connection. :class:`Guard` does the first while there is progress;
+:class:`StallClock` says when there is none any more. See "Isolation" in docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Final, Protocol
+
+#: However little is left in all, a connection may always have so much.
+FLOOR: Final = 64 * 1024
+
+#: A consumer that takes less than this in the stall timeout makes no progress.
+MIN_PROGRESS: Final = 64 * 1024
+
+# Samples that a StallClock keeps over its timeout.
+_SAMPLES: Final = 20
+
+
+class Queue(Protocol):
+    """What a guard watches.
+
+    Attributes:
+      queued: bytes that wait.
+      taken: bytes that have left the queue since the beginning.
+    """
+
+    queued: int
+    taken: int
+
+
+class Budget:
+    """The bytes that may be queued in one process.
+
+    Each queue may grow to the smaller of its own limit and what is left of the total (dynamic
+    thresholds: Choudhury and Hahne, 1998): a few large queues may use much, many get less each.
+    """
+
+    __slots__ = ("each", "total", "used")
+
+    def __init__(self, *, each: int, total: int) -> None:
+        self.each = each
+        self.total = total
+        self.used = 0
+
+    @property
+    def limit(self) -> int:
+        """What one queue may hold now."""
+        return max(FLOOR, min(self.each, self.total - self.used))
+
+
+class Guard:
+    """Keeps one queue with a shared source within its budget.
+
+    Args:
+      pause, resume: withhold the source's credit, and grant it again.
+    """
+
+    __slots__ = ("_budget", "_closed", "_counted", "_pause", "_queue", "_resume", "over")
+
+    def __init__(
+        self,
+        queue: Queue,
+        budget: Budget,
+        pause: Callable[[], None],
+        resume: Callable[[], None],
+    ) -> None:
+        self._queue = queue
+        self._budget = budget
+        self._pause = pause
+        self._resume = resume
+        self._counted = 0
+        self._closed = False
+        self.over = False
+
+    @property
+    def taken(self) -> int:
+        """Bytes that the consumer has taken since the beginning."""
+        return self._queue.taken
+
+    def update(self) -> bool:
+        """Look at the queue after it changed; return True when it has just gone over its budget.
+
+        Whoever gets True starts to watch for a stall, while ``over`` is true.
+        """
+        queued = self._queue.queued
+        self._budget.used += queued - self._counted
+        self._counted = queued
+        limit = self._budget.limit
+        if self.over:
+            if queued <= limit // 2:
+                self.over = False
+                self._resume()
+        elif queued > limit and not self._closed:
+            self.over = True
+            self._pause()
+            return True
+        return False
+
+    def still_over(self) -> bool:
+        """``over``, asked again after a wait."""
+        return self.over
+
+    def close(self) -> None:
+        """Let the source go: nothing more comes from it. What is queued counts until it is gone."""
+        self._closed = True
+        if self.over:
+            self.over = False
+            self._resume()
+
+
+class StallClock:
+    """Tells whether a consumer made progress within the last *timeout* seconds."""
+
+    __slots__ = ("_samples", "_timeout", "interval")
+
+    def __init__(self, timeout: float, now: float, taken: int) -> None:
+        self._timeout = timeout
+        self._samples = deque([(now, taken)])
+        #: Call :meth:`stalled` this often, in seconds.
+        self.interval = timeout / _SAMPLES
+
+    def stalled(self, now: float, taken: int) -> bool:
+        """Note how much was *taken* up to *now*; return whether that is no progress."""
+        samples = self._samples
+        samples.append((now, taken))
+        # Half an interval of slack, for a sample is never taken exactly on time.
+        start = now - self._timeout + self.interval / 2
+        while len(samples) > 1 and samples[1][0] <= start:
+            samples.popleft()
+        since, before = samples[0]
+        return since <= start and taken - before < MIN_PROGRESS
