@@ -106,6 +106,7 @@ func (s *Server) reaches(address string, agents ...*FakeAgent) string {
 						s.t.Errorf("address %q arrived as %q", address, q.GetAddress())
 					}
 					a.Send(dialErr(random, "no"))
+					c.Want(dialErr(random, "no"))
 					return strings.TrimPrefix(a.name, "agent ")
 				}
 			}

@@ -145,15 +145,21 @@ func (s *stream) endText() string {
 
 // next waits for a message; ok is false at the end or when time is up.
 func (s *stream) next(limit time.Duration) (received, bool) {
-	timer := time.AfterFunc(limit, func() { s.mu.Lock(); s.cond.Broadcast(); s.mu.Unlock() })
+	expired := false
+	wake := func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		expired = true
+		s.cond.Broadcast()
+	}
+	timer := time.AfterFunc(limit, wake)
 	defer timer.Stop()
-	stop := context.AfterFunc(s.t.Ctx, func() { s.mu.Lock(); s.cond.Broadcast(); s.mu.Unlock() })
+	stop := context.AfterFunc(s.t.Ctx, wake)
 	defer stop()
-	deadline := time.Now().Add(limit)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for len(s.queue) == 0 {
-		if s.err != nil || !time.Now().Before(deadline) || s.t.Ctx.Err() != nil {
+		if s.err != nil || expired {
 			return received{}, false
 		}
 		s.cond.Wait()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from struct import Struct
 from typing import TYPE_CHECKING, Final, Protocol
 
 from .flow import QUANTUM, Buffer, Flow, Schedule
@@ -13,10 +12,6 @@ if TYPE_CHECKING:
     from .connection import Http2Connection
 
 Header = tuple[bytes, bytes]
-
-# RFC 9113 §4.1: length (24), type (8), flags (8), stream (31).
-_HEADER: Final = Struct(">HBBBI")
-_pack = _HEADER.pack
 
 # Answers that a peer asked for and does not fetch; more than this of them is not a slow peer.
 _URGENT_LIMIT: Final = 256 * 1024
@@ -55,6 +50,7 @@ class Stream:
     __slots__ = (
         "_finish",
         "_held",
+        "_output",
         "_partial",
         "_paused",
         "_window",
@@ -73,6 +69,7 @@ class Stream:
         self, connection: Http2Connection, stream_id: int, state: H2Stream, window: int
     ) -> None:
         self.connection = connection
+        self._output = connection.output
         self.id = stream_id
         self.h2 = state
         self.handler: StreamHandler | None = None
@@ -94,15 +91,14 @@ class Stream:
 
         Without a *flow* it goes before everything that waits. On a stream that is gone it is dropped.
         """
-        connection = self.connection
         if not self.open:
             return
         if (
-            not connection.blocked
+            not self._output.blocked
             and self._partial is None
             and not self.schedule
             and size <= self.h2.outbound_flow_control_window
-            and size <= connection.h2.outbound_flow_control_window
+            and size <= self.connection.h2.outbound_flow_control_window
             and (flow is None or not flow.held)
         ):
             self._emit(size, head, rest)
@@ -117,19 +113,19 @@ class Stream:
             if self.schedule.urgent_size > _URGENT_LIMIT:
                 self.connection.refuse_stream(self, "the peer does not fetch its answers")
                 return
-        connection.enqueue(self)
+        self._output.enqueue(self)
 
     @property
-    def congested(self) -> bool:
-        """Whether a message sent now would wait."""
-        return self.connection.blocked or self._partial is not None or bool(self.schedule)
+    def waiting(self) -> bool:
+        """Whether something is queued."""
+        return self._partial is not None or bool(self.schedule)
 
     def resume_flow(self, flow: Flow) -> None:
         """Let a flow that was held go on."""
         flow.held = False
         if self.open:
             self.schedule.activate(flow)
-            self.connection.enqueue(self)
+            self._output.enqueue(self)
 
     def drop_flow(self, flow: Flow) -> int:
         """Forget what a flow has queued; return how many bytes that was."""
@@ -137,17 +133,17 @@ class Stream:
 
     def when_sent(self, finish: Callable[[], None]) -> None:
         """Call *finish* once all that was sent so far is on its way; at most one at a time."""
-        if self._partial is None and not self.schedule:
+        if not self.waiting:
             finish()
         else:
             self._finish = finish
 
     def pump(self) -> bool:
         """Send queued messages for one turn; return whether another turn could send more now."""
-        connection = self.connection
+        connection_h2 = self.connection.h2
         turn = QUANTUM
         while turn > 0 and self.open:
-            if connection.blocked:
+            if self._output.blocked:
                 return True
             data = self._partial
             if data is None:
@@ -160,7 +156,7 @@ class Stream:
                 data = memoryview(message)
             # A change of SETTINGS can make a window negative (RFC 9113 §6.9.2).
             window = min(
-                self.h2.outbound_flow_control_window, connection.h2.outbound_flow_control_window
+                self.h2.outbound_flow_control_window, connection_h2.outbound_flow_control_window
             )
             if window <= 0:
                 self._partial = data
@@ -172,35 +168,9 @@ class Stream:
         return self.open
 
     def _emit(self, size: int, head: Buffer, rest: tuple[Buffer, ...]) -> None:
-        connection = self.connection
         self.h2.outbound_flow_control_window -= size
-        connection.h2.outbound_flow_control_window -= size
-        largest = connection.max_frame_size
-        out = connection.out
-        if size <= largest:
-            out.append(_pack(size >> 8, size & 255, 0, 0, self.id))
-            out.append(head)
-            if rest:
-                out.extend(rest)
-        else:
-            self._emit_frames(size, (head, *rest), largest)
-        connection.wrote(size)
-
-    def _emit_frames(self, size: int, parts: tuple[Buffer, ...], largest: int) -> None:
-        out = self.connection.out
-        room = 0
-        for part in parts:
-            view = memoryview(part)
-            start, end = 0, len(view)
-            while start < end:
-                if not room:
-                    room = min(size, largest)
-                    size -= room
-                    out.append(_pack(room >> 8, room & 255, 0, 0, self.id))
-                stop = min(end, start + room)
-                out.append(view[start:stop])
-                room -= stop - start
-                start = stop
+        self.connection.h2.outbound_flow_control_window -= size
+        self._output.put_data(self.id, size, head, rest)
 
     # -- receiving ---------------------------------------------------------------------------------
 

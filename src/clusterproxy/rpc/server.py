@@ -230,8 +230,7 @@ class RpcServer:
             _log.exception("bug while opening a call of %s", call.path)
             call.finish(Status.INTERNAL, "internal error")
         else:
-            if connection.nursery is not None:
-                connection.nursery.start_soon(self._run, call, body)
+            connection.start_soon(self._run, call, body)
         return call
 
     def _unknown(self, path: str) -> str:

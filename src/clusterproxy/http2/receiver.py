@@ -1,0 +1,196 @@
+"""Cuts received bytes into frames, and DATA past h2.
+
+DATA without flags on an open stream, nearly all of the traffic, never passes through h2; every other
+frame does, as it comes. Both count in the same windows (h2's), so it does not matter which way a byte
+came. The differential test in ``tests/http2/test_differential.py`` holds this against plain h2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from struct import Struct
+from typing import TYPE_CHECKING, Final, Protocol
+
+from .adapter import Adapter, ErrorCode, events
+from .limits import Http2Limits, Meter
+
+if TYPE_CHECKING:
+    from .stream import Stream
+
+_unpack = Struct(">HBBBI").unpack_from
+_HEADER_SIZE: Final = 9
+_PREFACE_SIZE: Final = 24
+
+# Frame types, RFC 9113 §6.
+_DATA, _HEADERS, _CONTINUATION = 0x0, 0x1, 0x9
+_END_HEADERS: Final = 0x4
+
+# No frame but DATA has a reason to be larger (a header block is limited as a whole).
+_MAX_CONTROL_FRAME: Final = 64 * 1024
+
+# A control frame more may come for so many bytes moved.
+_BYTES_PER_CONTROL_FRAME: Final = 1024
+
+
+class FrameSink(Protocol):
+    """Whom a receiver tells of what it has cut."""
+
+    lost: str | None
+
+    def deliver(self, stream: Stream, view: memoryview) -> None:
+        """Take a part of a DATA payload, lent until the end of the batch."""
+
+    def handle(self, received: Sequence[events.Event]) -> None:
+        """Take what h2 made of another frame."""
+
+    def fail(self, reason: str, code: ErrorCode | None = None) -> None:
+        """End the connection; ``lost`` is set when this returns."""
+
+    def exceed(self, limit: str, reason: str) -> None:
+        """End the connection of a peer that asks too much."""
+
+
+class FrameReceiver:
+    """The receiving half of a connection.
+
+    Attributes:
+      plain: the streams whose DATA may pass by h2.
+      thirsty: streams that have used much of their window in this batch.
+      moved: bytes sent and received since control frames were last counted; they earn some.
+    """
+
+    def __init__(self, sink: FrameSink, h2: Adapter, limits: Http2Limits, *, client: bool) -> None:
+        self.plain: dict[int, Stream] = {}
+        self.thirsty: dict[Stream, None] = {}
+        self.moved = 0
+        self._sink = sink
+        self._h2 = h2
+        self._limits = limits
+        # The frame that is being received: bytes to come, and its stream if it is plain DATA.
+        self._left = 0 if client else _PREFACE_SIZE
+        self._data_stream: Stream | None = None
+        self._partial_header = b""
+        self._header_block = 0
+        self._controls = Meter(limits.max_control_frames_per_s, limits.max_control_frames_per_s)
+        self._now = 0.0
+
+    def receive(self, view: memoryview, now: float) -> None:
+        """Cut one batch.
+
+        Raises:
+          H2Error: the peer broke the protocol; a GOAWAY that says so is in h2's output.
+        """
+        self._now = now
+        self.moved += len(view)
+        sink, plain, take = self._sink, self.plain, self._h2.take
+        largest = self._limits.max_frame_size
+        position, end = 0, len(view)
+        while position < end and not sink.lost:
+            if self._left:
+                position = self._continue_frame(view, position)
+                continue
+            if self._partial_header or end - position < _HEADER_SIZE:
+                position = self._gather_header(view, position)
+                continue
+            high, low, kind, flags, stream_id = _unpack(view, position)
+            size = high << 8 | low
+            if (
+                kind == _DATA
+                and not flags
+                and (stream := plain.get(stream_id)) is not None
+                and 0 < size <= largest
+                and not self._header_block
+            ):
+                position += _HEADER_SIZE
+                if not take(stream.h2, size):
+                    self._overdraft()
+                    return
+                if stream.h2.inbound_flow_control_window < stream.low:
+                    self.thirsty[stream] = None
+                stop = position + size
+                if stop > end:
+                    self._left = stop - end
+                    self._data_stream = stream
+                    stop = end
+                if stop > position:
+                    sink.deliver(stream, view[position:stop])
+                position = stop
+            else:
+                position = self._begin_frame(view, position, kind, flags, size)
+
+    def _overdraft(self) -> None:
+        self._sink.fail("more DATA than the window allows", ErrorCode.FLOW_CONTROL_ERROR)
+
+    def _gather_header(self, view: memoryview, position: int) -> int:
+        """Collect a frame header that is cut by the end of a batch."""
+        missing = _HEADER_SIZE - len(self._partial_header)
+        self._partial_header += view[position : position + missing]
+        position += missing
+        if len(self._partial_header) == _HEADER_SIZE:
+            header, self._partial_header = memoryview(self._partial_header), b""
+            self._begin_alone(header)
+        return position
+
+    def _begin_alone(self, header: memoryview) -> None:
+        """Begin a frame of which only the header is here; the payload continues it."""
+        high, low, kind, flags, stream_id = _unpack(header)
+        size = high << 8 | low
+        stream = self.plain.get(stream_id)
+        if (
+            kind != _DATA
+            or flags
+            or stream is None
+            or not 0 < size <= self._limits.max_frame_size
+            or self._header_block
+        ):
+            self._begin_frame(header, 0, kind, flags, size)
+        elif self._h2.take(stream.h2, size):
+            self.thirsty[stream] = None
+            self._left = size
+            self._data_stream = stream
+        else:
+            self._overdraft()
+
+    def _continue_frame(self, view: memoryview, position: int) -> int:
+        piece = view[position : position + self._left]
+        self._left -= len(piece)
+        stream = self._data_stream
+        if stream is None:
+            self._sink.handle(self._h2.receive(piece))
+        else:
+            if not self._left:
+                self._data_stream = None
+            # Reset in the middle of a frame: the rest was accounted for and is dropped.
+            if self.plain.get(stream.id) is stream:
+                self._sink.deliver(stream, piece)
+        return position + len(piece)
+
+    def _begin_frame(self, view: memoryview, position: int, kind: int, flags: int, size: int) -> int:
+        """Pass a frame, or as much of it as is here, to h2."""
+        self._check_frame(kind, flags, size)
+        if self._sink.lost:
+            return len(view)
+        stop = min(len(view), position + _HEADER_SIZE + size)
+        self._left = position + _HEADER_SIZE + size - stop
+        self._sink.handle(self._h2.receive(view[position:stop]))
+        return stop
+
+    def _check_frame(self, kind: int, flags: int, size: int) -> None:
+        """Cut off what h2 would let pass: floods, and frames that only cost memory."""
+        if kind in (_HEADERS, _CONTINUATION):
+            self._header_block += size + _HEADER_SIZE
+            # The list limit is on the uncompressed size; the block may not be larger by much.
+            if self._header_block > 2 * self._limits.max_header_list:
+                self._sink.exceed("header_list", "header block too large")
+            if flags & _END_HEADERS:
+                self._header_block = 0
+            if kind == _HEADERS:
+                return
+        elif kind == _DATA:
+            if size:
+                return
+        elif size > _MAX_CONTROL_FRAME:
+            self._sink.exceed("control_frames", f"frame of type {kind} with {size} bytes")
+        earned, self.moved = self.moved / _BYTES_PER_CONTROL_FRAME, 0
+        if not self._controls.spend(self._now, earned):
+            self._sink.exceed("control_frames", "too many control frames")
