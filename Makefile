@@ -1,5 +1,6 @@
 # Needs make and Python 3.11 or newer; `make test` needs Go, too. Everything else is installed into .venv, with hashes.
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 .DEFAULT_GOAL := help
 .PHONY: help demo setup test test-fast coverage conformance check bench lock clean
 
@@ -24,7 +25,7 @@ demo: $(READY) ## certificates, server, agent and a service that only the agent 
 
 setup: $(READY) ## the virtual environment, which all other targets make as needed
 
-test: $(READY) go-is-here coverage conformance ## all tests with coverage, and the conformance matrix against Go (needs Go)
+test: $(READY) go-is-here $(DEMO_CLIENT) coverage conformance ## all tests with coverage, and the conformance matrix against Go (needs Go)
 
 test-fast: $(READY) ## the tests that start no programs (no Go, under 90 s)
 	$(BIN)/python -m pytest -q -m 'not programs' $(PYTEST_ARGS)
@@ -47,7 +48,7 @@ check: $(READY) ## ruff, mypy --strict, pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(READY) go-is-here ## measure beside the Go programs
-	@echo "no bench yet" && false
+	cd conformance && $(GO) run ./cmd/bench
 
 lock: ## write requirements/*.txt anew from pyproject.toml (needs uv)
 	$(UV) pip compile $(LOCK) pyproject.toml -o requirements/runtime.txt

@@ -206,7 +206,9 @@ func rowAgentClose(t *T) {
 			break
 		}
 	}
-	s.Silence(300 * time.Millisecond)
+	if late := s.Drain(300 * time.Millisecond); len(late) > 0 {
+		t.AgentDiffers("%s after the CLOSE_RSP", show(late[0]))
+	}
 }
 
 func rowAgentCloseUnknown(t *T) {
@@ -440,7 +442,7 @@ func rowAgentCloseQueued(t *T) {
 	for i := range runs {
 		total := make(chan int, 1)
 		g := t.Target(func(c *net.TCPConn) {
-			c.SetReadBuffer(4096)
+			c.SetReadBuffer(64 << 10)
 			time.Sleep(500 * time.Millisecond)
 			n, _ := io.Copy(io.Discard, c)
 			total <- int(n)
@@ -621,7 +623,7 @@ func rowAgentWrongPayload(t *T) {
 		}()
 		if !ok {
 			t.Errorf("%s: the stream or the agent has ended", name)
-			if a.Alive() {
+			if !waitClosed(a.Done, 500*time.Millisecond) {
 				s.Finish(nil)
 				s = f.Agent()
 			} else {
@@ -655,11 +657,12 @@ func rowAgentReadyz(t *T) {
 }
 
 func rowAgentAdmin(t *T) {
-	a, _ := t.theAgent()
+	a, s := t.theAgent()
+	s.Dial(1, t.Echo().Addr)
 	admin := fmt.Sprintf("http://127.0.0.1:%d", a.AdminPort)
 	code, header, _, err := httpGetHeader(admin + "/metrics")
 	t.Check(err, "admin /metrics")
-	if want := fmt.Sprintf("http://127.0.0.1:%d/metrics", a.HealthPort); code != 301 || header.Get("Location") != want {
+	if want := fmt.Sprintf("//127.0.0.1:%d/metrics", a.HealthPort); code != 301 || strings.TrimPrefix(header.Get("Location"), "http:") != want {
 		t.Errorf("admin /metrics answers %d, Location %q, want 301 to %q", code, header.Get("Location"), want)
 	}
 	if code, _, _ := httpGet(admin + "/debug/pprof/"); code != 404 {

@@ -131,6 +131,13 @@ func (t *T) Check(err error, doing string, args ...any) {
 	}
 }
 
+// Failed tells whether there has been a failure.
+func (t *T) Failed() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.errs) > 0
+}
+
 // Notef records what was seen, for the report.
 func (t *T) Notef(format string, args ...any) {
 	t.mu.Lock()

@@ -20,6 +20,14 @@ _log = logging.getLogger("clusterproxy.agent")
 _BACKOFF: Final = 1.5
 _JITTER: Final = 0.1
 
+_EXPECTED: Final = (
+    OSError,
+    ClusterProxyError,
+    trio.TooSlowError,
+    trio.BrokenResourceError,
+    trio.ClosedResourceError,
+)
+
 #: With SIGTERM received, the agent ends when nothing was seen for so long.
 DRAIN_IDLE_S: Final = 10.0
 
@@ -108,14 +116,10 @@ class Servers:
                     await session.run()
                 finally:
                     self._remove(session)
-        except* (
-            OSError,
-            ClusterProxyError,
-            trio.TooSlowError,
-            trio.BrokenResourceError,
-            trio.ClosedResourceError,
-        ) as group:
+        except* _EXPECTED as group:
             self._report(address, _leaf(group))
+        except* Exception:
+            _log.exception("bug in a session")
         if not started:
             task_status.started(False)
 

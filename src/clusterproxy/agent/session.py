@@ -66,6 +66,7 @@ class Session:
         self.endpoints: dict[int, Endpoint] = {}
         self._dials: dict[int, trio.CancelScope] = {}
         self._last_id = 0
+        self._rejected = False
         call.receive = self._receive
 
     async def greet(self) -> None:
@@ -150,7 +151,10 @@ class Session:
 
     def _reject(self, reason: str, text: str) -> None:
         self._state.metrics.rejected_packets_total.labels("to_agent", reason).inc()
-        _log.warning("packet of a server ignored: %s", text, extra={"server_id": self.server_id})
+        # One line for each stream: the metric counts the rest.
+        level = logging.DEBUG if self._rejected else logging.WARNING
+        self._rejected = True
+        _log.log(level, "packet of a server ignored: %s", text, extra={"server_id": self.server_id})
 
     def _send(self, payload: Payload) -> None:
         packet = Packet.of(payload)
@@ -186,6 +190,13 @@ class Session:
     # -- connections -------------------------------------------------------------------------------
 
     async def _connect(self, request: DialRequest, connect_id: int) -> None:
+        try:
+            await self._serve(request, connect_id)
+        except* Exception:
+            # A bug ends this connection and nothing else.
+            _log.exception("bug in a connection", extra={"connection_id": connect_id})
+
+    async def _serve(self, request: DialRequest, connect_id: int) -> None:
         sock = await self._dial(request)
         if sock is None:
             return

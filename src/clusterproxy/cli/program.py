@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import resource
 import sys
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -70,6 +71,10 @@ def run_program(
 def _run(main: Callable[[_C], Awaitable[int]], config: _C) -> int:
     import trio
 
+    # As Go's runtime does at start: every connection is a file descriptor.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     # What is loaded by now stays to the end: the collector need not look at it again.
     gc.collect()
     gc.freeze()

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # Acknowledgements and the like that a peer causes and does not read.
 _BACKLOG_LIMIT: Final = 1024 * 1024
 
+# PINGs of ours without an answer: a peer that goes on talking and leaves them is not slow.
+_PING_LIMIT: Final = 10_000
+
 # Batches after which a busy connection lets the others run.
 _BATCHES: Final = 2
 
@@ -382,6 +385,9 @@ class Http2Connection:
     def ping(self, acknowledged: Callable[[], None] | None = None) -> None:
         """Send a PING; *acknowledged* is called when the answer comes."""
         if self.lost:
+            return
+        if len(self._pings) >= _PING_LIMIT:
+            self.exceed("pings", "the peer does not answer PINGs")
             return
         self._ping_count += 1
         payload = self._ping_count.to_bytes(8, "big")

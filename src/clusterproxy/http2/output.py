@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from struct import Struct
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
     from .adapter import Adapter
     from .stream import Stream
+
+_log = logging.getLogger("clusterproxy.http2")
 
 # RFC 9113 §4.1: length (24), type (8), flags (8), stream (31).
 _pack = Struct(">HBBBI").pack
@@ -140,10 +143,16 @@ class Output:
     def flush(self) -> None:
         """Write out what has gathered, and what may go now of what was queued."""
         # Still posted meanwhile: what the pump itself puts down is written below.
-        if not self.blocked and not self.closed:
-            self._pump()
-            self._write()
-        self._posted = False
+        try:
+            if not self.blocked and not self.closed:
+                self._pump()
+                self._write()
+        except Exception:
+            # Flushed at the end of somebody else's batch: a bug here is not theirs.
+            _log.exception("bug while writing")
+            self._on_broken("internal error")
+        finally:
+            self._posted = False
 
     def _pump(self) -> None:
         ready, h2 = self._ready, self._h2

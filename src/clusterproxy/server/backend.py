@@ -60,6 +60,7 @@ class Backend:
         self.connections: dict[int, Connection] = {}
         self.dials: dict[int, PendingDial] = {}
         self._closing: dict[int, None] = {}
+        self._rejected = False
         self._retired = trio.Event()
         call.receive = self._receive
         call.on_half_close = self._retired.set
@@ -173,7 +174,10 @@ class Backend:
 
     def _reject(self, reason: str, text: str) -> None:
         self._state.reject("from_agent", reason)
-        _log.warning("packet of an agent ignored: %s", text, extra={"agent_id": self.agent_id})
+        # One line for each stream: the metric counts the rest.
+        level = logging.DEBUG if self._rejected else logging.WARNING
+        self._rejected = True
+        _log.log(level, "packet of an agent ignored: %s", text, extra={"agent_id": self.agent_id})
 
     def _on_data(self, data: Data) -> None:
         """DATA in another form than the usual one, encoded afresh."""

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("clusterproxy.server")
 
-# As Go's net/http: DefaultMaxHeaderBytes, and the ReadHeaderTimeout that upstream sets.
-_MAX_HEADER: Final = 1024 * 1024
+# Upstream's ReadHeaderTimeout.
 _HEADER_TIMEOUT_S: Final = 60.0
 
 # A whole gRPC message of at most 32 KiB, which is a tier of grpc-go's buffer pool.
@@ -117,12 +116,15 @@ class ConnectTunnel(Client):
             await self._answer_method(keep=request.http_version == b"1.1")
 
     async def _read_head(self, received: bytes) -> tuple[bytes, bytes]:
+        searched = 0
         while True:
-            end = _HEAD_END.search(received)
+            end = _HEAD_END.search(received, searched)
             if end is not None:
                 return received[: end.end()], received[end.end() :]
-            if len(received) > _MAX_HEADER:
+            if len(received) > self._state.config.max_header_list_bytes:
                 await self._answer(_bare(431, "Request Header Fields Too Large"))
+            # An end may have begun in the last three bytes.
+            searched = max(0, len(received) - 3)
             view = await self._transport.receive()
             if not view:
                 if received:
@@ -135,7 +137,7 @@ class ConnectTunnel(Client):
             # Go asks every HTTP/1.1 request for a Host header except CONNECT; h11 asks this one too.
             line_end = head.index(b"\n") + 1
             head = head[:line_end] + b"Host: -\r\n" + head[line_end:]
-        parser = h11.Connection(h11.SERVER, max_incomplete_event_size=_MAX_HEADER)
+        parser = h11.Connection(h11.SERVER, max_incomplete_event_size=len(head))
         try:
             parser.receive_data(head)
             event = parser.next_event()

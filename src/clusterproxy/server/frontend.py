@@ -46,6 +46,9 @@ BACKEND_GONE: Final = "agent disconnected before it answered the dial"
 # Connections of one stream that are closed, remembered so that late packets are told from foreign ones.
 _CLOSED_LIMIT: Final = 1024
 
+# Dials of one stream that wait for their agents. Go clients have one.
+_PENDING_LIMIT: Final = 256
+
 
 class Frontend(Client):
     """The server's end of one client's stream.
@@ -149,9 +152,11 @@ class Frontend(Client):
             self._send(DialResponse(error=NO_AGENT, random=request.random))
             self._deaf = True
             return
-        if request.random in self._dials:
-            self._state.reject("from_client", "duplicate_dial")
-            self._send(DialResponse(error="dial with this number is pending", random=request.random))
+        if request.random in self._dials or len(self._dials) >= _PENDING_LIMIT:
+            known = request.random in self._dials
+            self._state.reject("from_client", "duplicate_dial" if known else "too_many_dials")
+            error = "dial with this number is pending" if known else "too many pending dials"
+            self._send(DialResponse(error=error, random=request.random))
             return
         self._dials[request.random] = PendingDial(self._state, self, backend, request)
 

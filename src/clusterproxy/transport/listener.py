@@ -125,7 +125,19 @@ async def accept_forever(
                     # Anything else concerns the one connection that is gone already (accept(2)).
                     break
                 sock.setblocking(False)
-                nursery.start_soon(serve, sock)
+                nursery.start_soon(_serve_safely, serve, sock)
+
+
+async def _serve_safely(
+    serve: Callable[[socket.socket], Awaitable[None]], sock: socket.socket
+) -> None:
+    """Serve one connection; a bug ends it and nothing else."""
+    try:
+        await serve(sock)
+    except* Exception:
+        _log.exception("bug while serving a connection")
+    finally:
+        sock.close()
 
 
 class Handshakes:
