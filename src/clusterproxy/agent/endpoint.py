@@ -136,7 +136,7 @@ class StreamEndpoint(Endpoint):
             self.guard.close()
             self._transport.close()
             self.sink.discard()
-            self.guard.update()
+            self._note_queue()
 
     async def _copy(self) -> None:
         transport, outbox, batches = self._transport, self._outbox, 0
@@ -182,7 +182,9 @@ class StreamEndpoint(Endpoint):
             self._note_queue()
 
     def _note_queue(self) -> None:
-        if self.guard.update():
+        over = self.guard.update()
+        self._state.buffered_bytes.value = self._state.budget.used
+        if over:
             self._spawn(self._watch)
 
     async def _watch(self) -> None:

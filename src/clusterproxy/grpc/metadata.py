@@ -20,7 +20,7 @@ class MetadataError(ProtocolError):
     """A header that gRPC does not allow."""
 
 
-_RESERVED: Final = frozenset((b"content-type", b"te", b"user-agent", b"grpc-timeout"))
+_RESERVED: Final = frozenset((b"content-type", b"te", b"user-agent"))
 _NAME: Final = re.compile(rb"[0-9a-z_.-]+\Z")
 _VALUE: Final = re.compile(rb"[\x20-\x7e]*\Z")
 
@@ -40,7 +40,7 @@ def encode_headers(metadata: Mapping[str, Iterable[str | bytes]]) -> list[Header
     fields: list[Header] = []
     for name, values in metadata.items():
         key = name.lower().encode("ascii", "replace")
-        if not _NAME.match(key) or key.startswith(b"grpc-"):
+        if not _NAME.match(key) or key.startswith(b"grpc-") or key in _RESERVED:
             raise MetadataError(f"metadata name {name!r} is not allowed")
         for value in values:
             if key.endswith(b"-bin"):

@@ -28,6 +28,11 @@ class Status(IntEnum):
     DATA_LOSS = 15
     UNAUTHENTICATED = 16
 
+    @classmethod
+    def _missing_(cls, _value: object) -> Status:
+        # A peer may send any number.
+        return cls.UNKNOWN
+
     @property
     def go_name(self) -> str:
         """The name that Go's ``codes.Code.String()`` gives, which metrics carry as a label."""

@@ -341,8 +341,10 @@ class Http2Connection:
         """Reset a stream; what it has queued is dropped. Its handler is *told*, if at all."""
         if not stream.open or self.lost:
             return
-        self.h2.reset_stream(stream.id, code)
-        self.output.pull()
+        # A handler may give up upon the last frame: for h2 the stream is over then.
+        if not stream.h2.closed:
+            self.h2.reset_stream(stream.id, code)
+            self.output.pull()
         self._forget(stream, code, told, tell=bool(told))
 
     def refuse_stream(self, stream: Stream, reason: str) -> None:
@@ -412,7 +414,10 @@ class Http2Connection:
         The final GOAWAY follows when the peer has answered a PING, that is, when it has surely seen
         the first one.
         """
-        if self.lost or self.draining:
+        if self.lost:
+            return
+        if self.draining:
+            self._check_idle()
             return
         self.h2.announce_goaway()
         self.ping(self._final_goaway)

@@ -22,7 +22,7 @@ _HEADER_SIZE: Final = 9
 _PREFACE_SIZE: Final = 24
 
 # Frame types, RFC 9113 §6.
-_DATA, _HEADERS, _CONTINUATION = 0x0, 0x1, 0x9
+_DATA, _HEADERS, _PUSH_PROMISE, _CONTINUATION = 0x0, 0x1, 0x5, 0x9
 _END_HEADERS: Final = 0x4
 
 # No frame but DATA has a reason to be larger (a header block is limited as a whole).
@@ -177,7 +177,7 @@ class FrameReceiver:
 
     def _check_frame(self, kind: int, flags: int, size: int) -> None:
         """Cut off what h2 would let pass: floods, and frames that only cost memory."""
-        if kind in (_HEADERS, _CONTINUATION):
+        if kind in (_HEADERS, _PUSH_PROMISE, _CONTINUATION):
             self._header_block += size + _HEADER_SIZE
             # The list limit is on the uncompressed size; the block may not be larger by much.
             if self._header_block > 2 * self._limits.max_header_list:
@@ -187,6 +187,9 @@ class FrameReceiver:
             if kind == _HEADERS:
                 return
         elif kind == _DATA:
+            if size > self._limits.max_frame_size:
+                # h2 says so too, but only once it has gathered all of it.
+                self._sink.fail("DATA frame too large", ErrorCode.FRAME_SIZE_ERROR)
             if size:
                 return
         elif size > _MAX_CONTROL_FRAME:

@@ -16,6 +16,8 @@ Header = tuple[bytes, bytes]
 # Answers that a peer asked for and does not fetch; more than this of them is not a slow peer.
 _URGENT_LIMIT: Final = 256 * 1024
 
+_TAKING: Final = memoryview(b"")
+
 
 class StreamHandler(Protocol):
     """What a stream tells its owner. All of it is called by the connection's reader: never wait."""
@@ -142,12 +144,18 @@ class Stream:
         """Send queued messages for one turn; return whether another turn could send more now."""
         connection_h2 = self.connection.h2
         turn = QUANTUM
-        while turn > 0 and self.open:
+        # Behind the last message there may be an end, which needs no window: do not leave it waiting.
+        while self.open and (turn > 0 or not self.waiting):
             if self._output.blocked:
                 return True
             data = self._partial
             if data is None:
+                # What on_drain may send goes behind the message that is being taken.
+                self._partial = _TAKING
                 message = self.schedule.take()
+                self._partial = None
+                if not self.open:
+                    return False
                 if message is None:
                     finish, self._finish = self._finish, None
                     if finish is not None:

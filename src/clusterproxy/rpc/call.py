@@ -59,7 +59,9 @@ class Call:
         return self._stream
 
     def _dispatch(self, size: int, head: memoryview, rest: tuple[memoryview, ...]) -> None:
-        self.receive(size, head, rest)
+        # One batch may bring several messages, and any of them may end the call.
+        if not self.closed:
+            self.receive(size, head, rest)
 
     # -- sending -----------------------------------------------------------------------------------
 
@@ -123,13 +125,16 @@ class Call:
         except RPCError as error:
             self.abort(Status(error.status), error.message)
         except Exception:
-            # A bug ends this call and nothing else.
-            _log.exception("bug while handling a message")
-            self.abort(Status.INTERNAL, "internal error")
+            self._fail_by_bug("bug while handling a message")
         return False
 
     def settle(self) -> None:
         self._assembler.settle()
+
+    def _fail_by_bug(self, what: str) -> None:
+        """Log the exception that is being handled; it ends this call and nothing else."""
+        _log.exception(what)
+        self.abort(Status.INTERNAL, "internal error")
 
     def abort(self, status: Status, message: str) -> None:
         """End the call because of what the peer sent."""

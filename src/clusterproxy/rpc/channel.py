@@ -116,17 +116,17 @@ class ClientCall(Call):
         except ValueError:
             status = Status.UNKNOWN
         self.trailers = decode_headers(headers)
-        message = decode_message(fields.get(b"grpc-message", b""))
-        # The server is done with the call, whatever is still on its way to it.
-        if self.stream.open and not self.stream.h2.closed:
+        self._on_answered(status, decode_message(fields.get(b"grpc-message", b"")))
+
+    def _on_answered(self, status: Status, message: str) -> None:
+        """The server is done with the call, whatever is still on its way to it."""
+        if not self.stream.h2.closed:
             self.connection.reset_stream(self.stream, ErrorCode.NO_ERROR)
         self._finish(status, message)
 
     def on_end(self) -> None:
         if not self.closed:
-            text = "server closed the stream without sending trailers"
-            self.connection.reset_stream(self.stream, ErrorCode.NO_ERROR)
-            self._finish(Status.INTERNAL, text)
+            self._on_answered(Status.INTERNAL, "server closed the stream without sending trailers")
 
     def on_reset(self, code: int, reason: str) -> None:
         # A lost connection is UNAVAILABLE; a reset says itself what it means.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from clusterproxy.errors import RPCError
+from clusterproxy.gotext import quote
 from clusterproxy.grpc import (
     Metadata,
     MetadataError,
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger("clusterproxy.rpc")
 
 _CONTENT_TYPE: Final = b"application/grpc"
+
+# How long the peer of a drained connection may take to close it.
+_LINGER_S: Final = 1.0
 
 #: Called by the reader for each call of a method, before any message: sets ``call.receive`` and the
 #: like without waiting, and returns what then runs as the call's task. The call ends with OK when
@@ -71,19 +75,17 @@ class ServerCall(Call):
         fields = self._fields
         content_type = fields.get(b"content-type", b"")
         if not _is_grpc(content_type):
-            text = f'invalid gRPC request content-type "{content_type.decode("utf-8", "replace")}"'
+            text = f"invalid gRPC request content-type {_quote(content_type)}"
             self._refuse(b"415", Status.INVALID_ARGUMENT, text)
             return False
         method = fields.get(b":method", b"")
         if method != b"POST":
-            name = method.decode("utf-8", "replace")
-            text = f'Received a HEADERS frame with :method "{name}" which should be POST'
+            text = f"Received a HEADERS frame with :method {_quote(method)} which should be POST"
             self._refuse(b"405", Status.INTERNAL, text)
             return False
         encoding = fields.get(b"grpc-encoding", b"identity")
         if encoding != b"identity":
-            name = encoding.decode("utf-8", "replace")
-            text = f'grpc: Decompressor is not installed for grpc-encoding "{name}"'
+            text = f"grpc: Decompressor is not installed for grpc-encoding {_quote(encoding)}"
             self.finish(Status.UNIMPLEMENTED, text)
             return False
         try:
@@ -103,12 +105,17 @@ class ServerCall(Call):
     # -- answering ---------------------------------------------------------------------------------
 
     def send_initial_metadata(self, metadata: Metadata | None = None) -> None:
-        """Send the response headers now; otherwise they go with the first message."""
+        """Send the response headers now; otherwise they go with the first message.
+
+        Raises:
+          MetadataError: metadata that gRPC cannot carry.
+        """
         if self.closed or self._responded:
             return
-        self._responded = True
         headers = [(b":status", b"200"), (b"content-type", _CONTENT_TYPE)]
-        self.connection.send_headers(self.stream, headers + encode_headers(metadata or {}))
+        headers += encode_headers(metadata or {})
+        self._responded = True
+        self.connection.send_headers(self.stream, headers)
 
     def forward(
         self, flow: Flow | None, size: int, head: Buffer, rest: tuple[Buffer, ...] = ()
@@ -120,7 +127,11 @@ class ServerCall(Call):
     def finish(
         self, status: Status = Status.OK, message: str = "", trailers: Metadata | None = None
     ) -> None:
-        """End the call once everything sent before is on its way. Idempotent."""
+        """End the call once everything sent before is on its way. Idempotent.
+
+        Raises:
+          MetadataError: trailers that gRPC cannot carry.
+        """
         if self.closed:
             return
         headers: list[Header] = []
@@ -144,8 +155,12 @@ class ServerCall(Call):
         """Trailers of a request have no meaning in gRPC."""
 
     def on_end(self) -> None:
-        if not self.closed:
+        if self.closed:
+            return
+        try:
             self.on_half_close()
+        except Exception:
+            self._fail_by_bug("bug at the end of the requests")
 
     def on_reset(self, code: int, reason: str) -> None:
         self._close(status_from_h2(code), reason)
@@ -153,6 +168,10 @@ class ServerCall(Call):
     def abort(self, status: Status, message: str) -> None:
         _log.warning("call of %s ended: %s", self.path, message, extra={"status": status.go_name})
         self.finish(status, message)
+
+
+def _quote(value: bytes) -> str:
+    return quote(value.decode("utf-8", "surrogateescape"))
 
 
 def _is_grpc(content_type: bytes) -> bool:
@@ -199,18 +218,24 @@ class RpcServer:
         self.connections.add(connection)
         try:
             if self._draining:
-                connection.announce_end()
+                self._drain(connection)
             await connection.run()
+        except* Exception:
+            # A bug ends this connection and nothing else.
+            _log.exception("bug on a connection")
         finally:
             self.connections.discard(connection)
         return connection.lost or ""
 
     def drain(self) -> None:
-        """Announce the end to all connections; each is closed when its last call has ended."""
+        """Announce the end to all connections; each is closed soon after its last call has ended."""
         self._draining = True
         for connection in self.connections:
-            connection.on_idle = lambda gone=connection: gone.fail("drained")
-            connection.announce_end()
+            self._drain(connection)
+
+    def _drain(self, connection: Http2Connection) -> None:
+        connection.on_idle = lambda: connection.start_soon(_linger, connection)
+        connection.announce_end()
 
     def _open(
         self, connection: Http2Connection, stream: Stream, headers: list[Header]
@@ -235,9 +260,9 @@ class RpcServer:
 
     def _unknown(self, path: str) -> str:
         # Texts of grpc-go: server.go, handleStream.
-        service, slash, method = path.rpartition("/")
-        if not slash or not path.startswith("/"):
-            return f'malformed method name: "{path}"'
+        service, _, method = path.rpartition("/")
+        if not service.startswith("/"):
+            return f"malformed method name: {quote(path)}"
         if service in self._services:
             return f"unknown method {method} for service {service[1:]}"
         return f"unknown service {service[1:]}"
@@ -260,6 +285,14 @@ class RpcServer:
             _log.exception("bug in a call of %s", call.path)
             status, message = Status.INTERNAL, "internal error"
         call.finish(status, message)
+
+
+async def _linger(connection: Http2Connection) -> None:
+    # Closing while something is on its way in either direction would be a reset, and the peer could
+    # lose the last trailers. It closes for its part when it sees the GOAWAY (grpc-go:
+    # internal/transport/http2_server.go, newHTTP2Server).
+    await trio.sleep(_LINGER_S)
+    connection.fail("drained")
 
 
 def _expired(scope: trio.CancelScope) -> bool:

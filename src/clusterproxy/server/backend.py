@@ -26,7 +26,7 @@ from clusterproxy_proto import (
     encode,
 )
 
-from .connection import data_head
+from .connection import data_message
 
 if TYPE_CHECKING:
     from clusterproxy.rpc.server import ServerCall
@@ -99,9 +99,10 @@ class Backend:
                 self._state.count_dial_failure("backend_close")
                 dial.client.backend_gone(dial)
         for connection in list(self.connections.values()):
-            self._remove(connection)
-            connection.drop_to_agent()
-            connection.closed_by_agent("")
+            # Telling one client may end its stream, and with it others of these connections.
+            if self._remove(connection):
+                connection.drop_to_agent()
+                connection.closed_by_agent("")
         _log.info(
             "agent disconnected: %s", message or status.go_name, extra={"agent_id": self.agent_id}
         )
@@ -113,17 +114,21 @@ class Backend:
         self.connections[connection.connect_id] = connection
         self._state.metrics.established_connections.inc()
 
-    def _remove(self, connection: Connection) -> None:
+    def _remove(self, connection: Connection) -> bool:
+        """Take a connection out; return whether it was still there."""
+        if self.connections.get(connection.connect_id) is not connection:
+            return False
         del self.connections[connection.connect_id]
         connection.guard.close()
         metrics = self._state.metrics
         metrics.established_connections.dec()
         metrics.connection_duration_seconds.observe(trio.current_time() - connection.started)
+        return True
 
     def disown(self, connection: Connection) -> None:
         """Forget a connection that the agent was asked to close; what it still sends is dropped."""
-        self._remove(connection)
-        self._expect_close(connection.connect_id)
+        if self._remove(connection):
+            self._expect_close(connection.connect_id)
 
     def _expect_close(self, connect_id: int) -> None:
         self._closing[connect_id] = None
@@ -185,9 +190,9 @@ class Backend:
         if connection is None:
             if data.connect_id:
                 self._on_unknown(data.connect_id)
-        elif data.data:
-            head = data_head(data.connect_id, len(data.data))
-            connection.from_agent(len(head) + len(data.data), head + data.data, (), len(head))
+        else:
+            message, payload = data_message(data.connect_id, data.data)
+            connection.from_agent(len(message), message, (), payload)
 
     def _on_unknown(self, connect_id: int) -> None:
         if connect_id in self._closing:
@@ -209,20 +214,21 @@ class Backend:
                 self._ask_to_close(response.connect_id)
             return
         dial.remove()
-        if response.error or not response.connect_id or response.connect_id in self.connections:
+        if response.error or response.connect_id <= 0 or response.connect_id in self.connections:
             self._state.count_dial_failure("error_response")
-            dial.client.refused(dial, response.error or "agent answered without a connection ID")
+            dial.client.refused(dial, response.error or "agent answered without a new connection ID")
             return
         self._state.metrics.dial_duration_seconds.observe(trio.current_time() - dial.started)
         self._closing.pop(response.connect_id, None)
         connection = dial.client.dialed(dial, response.connect_id)
-        self.adopt(connection)
+        if self.connections.get(response.connect_id) is not connection:
+            # The client's stream could not take even the answer.
+            self._state.count_dial_failure("send_rsp")
 
     def _on_close_response(self, response: CloseResponse) -> None:
         self._closing.pop(response.connect_id, None)
         connection = self.connections.get(response.connect_id)
-        if connection is not None:
-            self._remove(connection)
+        if connection is not None and self._remove(connection):
             connection.closed_by_agent(response.error)
 
     def _on_close_dial(self, closed: CloseDial) -> None:

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("clusterproxy.server")
 
+# As Go's net/http, which reads on so far to keep a connection.
+_MAX_SKIPPED_BODY: Final = 256 * 1024
+
+# How long a client may take to read a refusal.
+_REFUSAL_S: Final = 1.0
+
 # Upstream's ReadHeaderTimeout.
 _HEADER_TIMEOUT_S: Final = 60.0
 
@@ -75,9 +81,10 @@ class ConnectTunnel(Client):
             pass
         finally:
             self._nursery = None
+            self.sink.discard()
             if self._connection is not None:
                 self._connection.leave()
-                self._connection.guard.update()
+                self._connection.note_queue()
             self._transport.close()
             metrics.http_connections.dec()
 
@@ -113,7 +120,18 @@ class ConnectTunnel(Client):
             request = await self._parse(head)
             if request.method == b"CONNECT":
                 return request.target.decode("ascii"), received
-            await self._answer_method(keep=request.http_version == b"1.1")
+            body = _body_to_skip(request)
+            await self._answer_method(keep=body is not None)
+            received = await self._skip(received, body or 0)
+
+    async def _skip(self, received: bytes, size: int) -> bytes:
+        """Skip a request's body; return what came behind it."""
+        while len(received) < size:
+            view = await self._transport.receive()
+            if not view:
+                raise _Refused
+            received += view
+        return received[size:]
 
     async def _read_head(self, received: bytes) -> tuple[bytes, bytes]:
         searched = 0
@@ -168,14 +186,19 @@ class ConnectTunnel(Client):
 
     async def _answer(self, data: bytes) -> Never:
         """Send an answer, and end the connection."""
-        with trio.move_on_after(_CLOSE_TIMEOUT_S):
+        with trio.move_on_after(_REFUSAL_S):
             await self._write(data)
-            self._transport.send_eof()
-            # Closing a socket that has unread bytes resets it, and the answer may be lost with it.
-            for _ in range(64):
-                if not await self._transport.receive():
-                    break
+            await self._part()
         raise _Refused
+
+    async def _part(self) -> None:
+        """End our side and wait for the client's end.
+
+        Closing a socket that has unread bytes resets it, and what was sent may be lost with it.
+        """
+        self._transport.send_eof()
+        while await self._transport.receive():
+            await trio.lowlevel.checkpoint()
 
     # -- the dial ----------------------------------------------------------------------------------
 
@@ -222,6 +245,8 @@ class ConnectTunnel(Client):
         sent = trio.Event()
         self.sink.finish(sent.set)
         await sent.wait()
+        with trio.move_on_after(_CLOSE_TIMEOUT_S):
+            await self._part()
 
     async def _copy_to_agent(self, connection: ConnectConnection, early: bytes) -> None:
         view = memoryview(early)
@@ -247,8 +272,6 @@ class ConnectTunnel(Client):
         self.over()
 
     def _broken(self, _reason: str) -> None:
-        if self._connection is not None:
-            self._connection.guard.update()
         self.over()
 
 
@@ -264,7 +287,7 @@ class ConnectConnection(Connection):
         self._tunnel = tunnel
         self._room = trio.Event()
         self.to_agent.on_drain = self._drained_to_agent
-        tunnel.sink.on_drain = self._drained_to_client
+        tunnel.sink.on_drain = self.note_queue
 
     async def room(self) -> None:
         """Wait while too much of the client waits for the agent."""
@@ -273,9 +296,6 @@ class ConnectConnection(Connection):
             await self._room.wait()
         else:
             await trio.lowlevel.checkpoint()
-
-    def _drained_to_client(self) -> None:
-        self.guard.update()
 
     def _drained_to_agent(self, _size: int) -> None:
         if self.to_agent.queued <= _HIGH_WATER // 2:
@@ -296,6 +316,19 @@ class ConnectConnection(Connection):
 
     def _spawn(self, function: Callable[..., Awaitable[None]], /, *args: object) -> None:
         self._tunnel.spawn(function, *args)
+
+
+def _body_to_skip(request: h11.Request) -> int | None:
+    """Return the size of a request's body, None if the connection ends with this request."""
+    size = 0
+    if request.http_version != b"1.1":
+        return None
+    for name, value in request.headers:
+        if name == b"transfer-encoding" or (name == b"connection" and value.lower() == b"close"):
+            return None
+        if name == b"content-length":
+            size = int(value)
+    return size if size <= _MAX_SKIPPED_BODY else None
 
 
 def _status_of(error: str) -> int:

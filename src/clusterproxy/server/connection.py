@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from clusterproxy.grpc import prefix
+from clusterproxy.grpc import PREFIX_SIZE, prefix
 from clusterproxy.http2.flow import Buffer, Flow
 from clusterproxy.transport.stall import watch_stall
 from clusterproxy.tunnel.budget import Guard, Queue
 from clusterproxy_proto import (
     CloseDial,
     CloseRequest,
+    Data,
     DialRequest,
     Packet,
     data_header,
@@ -166,6 +167,8 @@ class Connection(ABC):
         self.to_agent = Flow()
         stream = dial.backend.call.stream
         self.guard = Guard(queue, state.budget, stream.pause, stream.resume)
+        # Before the client is told: if that fails, there is something to close.
+        self.backend.adopt(self)
 
     @property
     def log_fields(self) -> dict[str, object]:
@@ -230,7 +233,9 @@ class Connection(ABC):
 
     def note_queue(self) -> None:
         """Look at the client's queue after something was put in or taken out."""
-        if self.guard.update():
+        over = self.guard.update()
+        self._state.buffered_bytes.value = self._state.budget.used
+        if over:
             self._spawn(self._watch)
 
     @abstractmethod
@@ -256,6 +261,12 @@ class Connection(ABC):
         )
         self.leave()
         self.give_up()
+
+
+def data_message(connect_id: int, payload: bytes) -> tuple[bytes, int]:
+    """Return a whole DATA message as Go would write it, and where its payload begins."""
+    packet = encode(Packet.of(Data(connect_id=connect_id, data=payload)))
+    return prefix(len(packet)) + packet, PREFIX_SIZE + len(packet) - len(payload)
 
 
 def data_head(connect_id: int, size: int) -> bytes:

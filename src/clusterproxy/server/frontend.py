@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from clusterproxy.errors import RPCError
-from clusterproxy.grpc import PREFIX_SIZE, Status
+from clusterproxy.grpc import PREFIX_SIZE, Status, prefix
 from clusterproxy.http2.flow import Flow
 from clusterproxy_proto import (
     CloseDial,
@@ -27,7 +28,7 @@ from clusterproxy_proto import (
     encode,
 )
 
-from .connection import DIAL_TIMED_OUT, NO_AGENT, Client, Connection, PendingDial, data_head
+from .connection import DIAL_TIMED_OUT, NO_AGENT, Client, Connection, PendingDial, data_head, data_message
 from .shield import Shield, needs_shield
 
 if TYPE_CHECKING:
@@ -60,13 +61,18 @@ class Frontend(Client):
     def __init__(self, state: ServerState, call: ServerCall) -> None:
         self._state = state
         self.call = call
-        self.shielded = needs_shield(call.user_agent)
+        self.shield = Shield(call) if needs_shield(call.user_agent) else None
         # By the number that the client knows, which differs from the agent's only if two agents
         # happened to choose the same one.
         self.connections: dict[int, FrontendConnection] = {}
         self._dials: dict[int, PendingDial] = {}
+        # Closed, but with something for the client that is not on its way yet.
+        self._leaving: set[FrontendConnection] = set()
         self._closed: dict[int, None] = {}
         self._deaf = False
+        # Bytes of the client that wait for agents, and whether they leave its stream no credit.
+        self._held = 0
+        self._full = False
         self._ended = trio.Event()
         call.receive = self._receive
         call.on_half_close = self._ended.set
@@ -86,11 +92,13 @@ class Frontend(Client):
         for dial in list(self._dials.values()):
             dial.abandon()
         self._dials.clear()
-        for connection in list(self.connections.values()):
+        # A client that ends its side wants no more of what is queued, so that nothing outlives the call.
+        for connection in (*self.connections.values(), *self._leaving):
             connection.leave()
-            if not self.call.stream.open:
-                connection.drop_to_client()
+            connection.drop_to_client()
         self.connections.clear()
+        self._leaving.clear()
+        self._note_full(full=False)
 
     # -- packets -----------------------------------------------------------------------------------
 
@@ -134,13 +142,10 @@ class Frontend(Client):
             case _:
                 pass  # what only agents send
 
-    def _send(self, payload: Payload, flow: Flow | None = None) -> None:
+    def _send(self, payload: Payload) -> None:
         packet = Packet.of(payload)
         self._state.count_packet("to_client", PacketType(packet.type).name)
-        if flow is None:
-            self.call.send(encode(packet))
-        else:
-            self.call.send_behind(flow, encode(packet))
+        self.call.send(encode(packet))
 
     def _on_dial_request(self, request: DialRequest) -> None:
         backend = self._state.pool.choose(request.address)
@@ -166,9 +171,9 @@ class Frontend(Client):
         connection = self.connections.get(data.connect_id)
         if connection is None:
             self._on_stray_data(data.connect_id)
-        elif data.data:
-            head = data_head(data.connect_id, len(data.data))
-            connection.from_client(len(head) + len(data.data), head + data.data, (), len(head))
+        else:
+            message, payload = data_message(data.connect_id, data.data)
+            connection.from_client(len(message), message, (), payload)
 
     def _on_stray_data(self, connect_id: int) -> None:
         """DATA that names no open connection of this stream."""
@@ -179,8 +184,7 @@ class Frontend(Client):
             # Upstream closes both; the one that is not ours must not be touched (S24).
             for connection in list(self.connections.values()):
                 connection.leave()
-                self._send(CloseResponse(MISMATCHED, connection.client_id), connection.to_client)
-            self.connections.clear()
+                self.close_connection(connection, MISMATCHED)
             self._send(CloseResponse(MISMATCHED, connect_id))
             self._deaf = True
         elif not self._dials and not self._closed:
@@ -190,7 +194,7 @@ class Frontend(Client):
     def _on_close_request(self, connect_id: int) -> None:
         connection = self.connections.get(connect_id)
         if connection is not None:
-            connection.shield_off()
+            connection.uncover()
             connection.request_close()
         elif not self._dials and not self._closed and not self.connections:
             self._send(CloseResponse("backend uninitialized", connect_id))
@@ -209,7 +213,8 @@ class Frontend(Client):
         connection = FrontendConnection(self._state, dial, connect_id, self)
         self.connections[connection.client_id] = connection
         self._send(DialResponse(connect_id=connection.client_id, random=dial.random))
-        connection.shield_on()
+        if self.shield is not None:
+            self.shield.cover(connection.to_client)
         return connection
 
     def forget(self, connection: FrontendConnection) -> None:
@@ -220,10 +225,12 @@ class Frontend(Client):
             del self._closed[next(iter(self._closed))]
 
     def free_id(self, wanted: int) -> int:
-        """Return the number for a new connection: the agent's, unless this stream has it already."""
-        self._closed.pop(wanted, None)
-        while wanted in self.connections:
-            wanted += 1 << 32
+        """Return the number for a new connection: the agent's, unless this stream has or had it.
+
+        What is still on its way for a closed connection must not be taken for the new one's.
+        """
+        while wanted in self.connections or wanted in self._closed:
+            wanted = wanted % (1 << 62) + (1 << 32)
         return wanted
 
     def _fail(self, dial: PendingDial, error: str) -> None:
@@ -246,8 +253,35 @@ class Frontend(Client):
     def close_connection(self, connection: FrontendConnection, error: str) -> None:
         """Tell the client that a connection is closed, behind its data."""
         self.forget(connection)
-        connection.shield_off()
-        self._send(CloseResponse(error, connection.client_id), connection.to_client)
+        self._state.count_packet("to_client", "CLOSE_RSP")
+        connection.send_last(encode(Packet.of(CloseResponse(error, connection.client_id))))
+        if connection.to_client.queued:
+            self._leaving.add(connection)
+
+    def hold(self, size: int) -> None:
+        """Count bytes of the client that wait for an agent; the stream gets no credit for them."""
+        self._held += size
+        self.call.stream.hold(size)
+        window = self.call.connection.limits.window
+        if self._held > window - window // 4:
+            self._note_full(full=True)
+
+    def release(self, size: int) -> None:
+        """Give back what has gone to the agent, or is lost with it."""
+        self._held -= size
+        self.call.stream.release(size)
+        if self._held <= self.call.connection.limits.window // 2:
+            self._note_full(full=False)
+
+    def _note_full(self, *, full: bool) -> None:
+        if full != self._full and not (full and self.call.closed):
+            self._full = full
+            gauge = self._state.metrics.full_receive_channels.labels("Proxy")
+            gauge.inc(1 if full else -1)
+
+    def sent(self, connection: FrontendConnection) -> None:
+        """Nothing of a connection waits for the client any more."""
+        self._leaving.discard(connection)
 
     def spawn(self, function: Callable[..., Awaitable[None]], /, *args: object) -> None:
         self.call.start_soon(function, *args)
@@ -256,7 +290,7 @@ class Frontend(Client):
 class FrontendConnection(Connection):
     """A proxied connection of a gRPC client."""
 
-    __slots__ = ("_frontend", "_shield", "client_id", "to_client")
+    __slots__ = ("_frontend", "_write_duration", "client_id", "to_client")
 
     def __init__(
         self, state: ServerState, dial: PendingDial, connect_id: int, frontend: Frontend
@@ -264,25 +298,21 @@ class FrontendConnection(Connection):
         self.to_client = Flow(self._drained_to_client)
         super().__init__(state, dial, connect_id, self.to_client)
         self._frontend = frontend
-        self._shield: Shield | None = None
+        self._write_duration = state.metrics.frontend_write_duration_seconds.labels()
         self.client_id = frontend.free_id(connect_id)
-        self.to_agent.on_drain = frontend.call.stream.release
+        self.to_agent.on_drain = frontend.release
 
-    def shield_on(self) -> None:
-        if self._frontend.shielded:
-            self._shield = Shield(self._frontend.call, self.to_client)
-
-    def shield_off(self) -> None:
-        if self._shield is not None:
-            self._shield.release()
-            self._shield = None
+    def uncover(self) -> None:
+        """The client knows the connection: nothing need be held back any more."""
+        if self._frontend.shield is not None:
+            self._frontend.shield.release(self.to_client)
 
     def from_client(
         self, size: int, head: Buffer, rest: tuple[Buffer, ...], payload: int
     ) -> None:
         """Pass on DATA of the client; what waits is held against its stream."""
-        if self._shield is not None:
-            self.shield_off()
+        if self.to_client.held:
+            self.uncover()
         if self.closing:
             return
         if self.client_id != self.connect_id:
@@ -290,21 +320,35 @@ class FrontendConnection(Connection):
         self.forward_to_agent(size, head, rest)
 
     def _hold(self, size: int) -> None:
-        self._frontend.call.stream.hold(size)
+        self._frontend.hold(size)
 
     def from_agent(self, size: int, head: Buffer, rest: tuple[Buffer, ...], payload: int) -> None:
         flow = self.to_client
-        if flow.held and self._shield is not None:
-            self._shield.before_data()
+        if flow.held and self._frontend.shield is not None:
+            self._frontend.shield.before_data(flow)
         if self.client_id != self.connect_id:
             head, size = _renumber(self.client_id, size, head, payload)
         self._state.data_packets.to_client.value += 1
+        began = perf_counter()
         self._frontend.call.forward(flow, size, head, rest)
+        self._write_duration.observe(perf_counter() - began)
         if flow.queued:
             self.note_queue()
 
+    def send_last(self, message: bytes) -> None:
+        """Send a message behind all data; the shield keeps it back with them."""
+        flow, call = self.to_client, self._frontend.call
+        if not flow.held:
+            call.send_behind(flow, message)
+            return
+        if self._frontend.shield is not None:
+            self._frontend.shield.before_data(flow)
+        call.forward(flow, PREFIX_SIZE + len(message), prefix(len(message)) + message)
+
     def _drained_to_client(self, _size: int) -> None:
-        self.guard.update()
+        self.note_queue()
+        if not self.to_client.queued:
+            self._frontend.sent(self)
 
     def closed_by_agent(self, error: str) -> None:
         self._frontend.close_connection(self, error)
@@ -316,7 +360,7 @@ class FrontendConnection(Connection):
     def drop_to_client(self) -> None:
         """Forget what waits for the client."""
         self._frontend.call.stream.drop_flow(self.to_client)
-        self.guard.update()
+        self.note_queue()
 
     def _spawn(self, function: Callable[..., Awaitable[None]], /, *args: object) -> None:
         self._frontend.spawn(function, *args)

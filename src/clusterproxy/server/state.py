@@ -43,6 +43,9 @@ class ServerState:
     pool: BackendPool
     budget: Budget
     data_packets: PacketCounters
+    buffered_bytes: Cell = attrs.field(
+        init=False, default=attrs.Factory(lambda self: self.metrics.buffered_bytes.labels(), takes_self=True)
+    )
 
     @property
     def dial_timeout_s(self) -> float:

@@ -57,7 +57,9 @@ def _family_lines(family: Family | HistogramFamily) -> Iterator[str]:
 def _labels(names: tuple[str, ...], values: tuple[str, ...]) -> str:
     if not names:
         return ""
-    pairs = (f'{name}="{_escaped(value)}"' for name, value in zip(names, values, strict=True))
+    # Go's order: by name, the bucket's bound last.
+    labels = sorted(zip(names, values, strict=True), key=lambda label: (label[0] == "le", label[0]))
+    pairs = (f'{name}="{_escaped(value)}"' for name, value in labels)
     return "{" + ",".join(pairs) + "}"
 
 

@@ -111,9 +111,10 @@ class ByteSink:
         transport = self._transport
         try:
             while True:
-                waiting = transport.unsent
-                await transport.drain()
-                self._took(waiting)
+                while transport.blocked:
+                    waiting = transport.unsent
+                    await transport.drain_some()
+                    self._took(waiting - transport.unsent)
                 if not self._queue:
                     break
                 chunk, size = [], 0
@@ -124,7 +125,7 @@ class ByteSink:
                 if transport.send(chunk):
                     self._took(size)
                 else:
-                    self._took(max(0, size - transport.unsent))
+                    self._took(size - transport.unsent)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             self._break(str(error))
             return
@@ -133,7 +134,7 @@ class ByteSink:
 
     def _took(self, size: int) -> None:
         # TLS adds bytes of its own, so the count of what waits in the socket is only about right.
-        size = min(size, self.queued)
+        size = max(0, min(size, self.queued))
         self.queued -= size
         self.taken += size
         self.on_drain()
@@ -155,9 +156,11 @@ class ByteSink:
         self._lent.clear()
         self._queue.clear()
         self.queued = 0
+        self._check_finish()
 
     def _break(self, reason: str) -> None:
+        if self.broken:
+            return
         self.discard()
         self.on_drain()
         self._on_broken(reason)
-        self._check_finish()

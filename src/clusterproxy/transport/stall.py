@@ -15,8 +15,8 @@ async def watch_stall(guard: Guard, timeout_s: float, give_up: Callable[[], None
     Cancellation: at any time, nothing is lost.
     """
     clock = StallClock(timeout_s, trio.current_time(), guard.taken)
-    while guard.over:
+    while guard.watch():
         await trio.sleep(clock.interval)
-        if guard.still_over() and clock.stalled(trio.current_time(), guard.taken):
+        if guard.over and clock.stalled(trio.current_time(), guard.taken):
             give_up()
             return

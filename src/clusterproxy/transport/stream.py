@@ -28,8 +28,12 @@ _SLICE: Final = 64 * 1024
 # Enough for any flight of a handshake; the BIO keeps the size of the largest write.
 _HANDSHAKE_READ: Final = 16 * 1024
 
-# What one record can add to the plaintext beyond the ciphertext of its own batch.
+# What one record can add to the plaintext beyond the ciphertext of its own batch: OpenSSL keeps the
+# beginning of at most one.
 _RECORD: Final = 16 * 1024 + 512
+
+# What TLS itself may have to say to a peer that does not read.
+_ANSWERS: Final = 16 * 1024
 
 # RFC 5482. Covers a cut line; a peer that lives but does not read keeps its window open here, for an
 # HTTP/2 reader never stops reading its socket.
@@ -80,7 +84,7 @@ class Transport:
       server_side, server_hostname: as in :meth:`ssl.SSLContext.wrap_bio`.
     """
 
-    __slots__ = ("_cipher", "_closed", "_eof", "_in", "_more", "_out", "_plain", "_unsent", "sock", "tls")
+    __slots__ = ("_cipher", "_closed", "_eof", "_error", "_in", "_more", "_out", "_plain", "_unsent", "sock", "tls")
 
     def __init__(
         self,
@@ -95,6 +99,7 @@ class Transport:
         self._unsent: bytes | memoryview = b""
         self._closed = False
         self._eof = False
+        self._error = ""
         self._more = False
         self._cipher = _buffers.cipher
         self._plain = _buffers.plain
@@ -107,7 +112,7 @@ class Transport:
 
     @property
     def blocked(self) -> bool:
-        """Whether the socket was full: nothing more may be sent until :meth:`drain` returns."""
+        """Whether the socket was full, so that :meth:`drain` has something to send."""
         return bool(self._unsent)
 
     @property
@@ -136,7 +141,8 @@ class Transport:
             except ssl.SSLWantReadError:
                 pass
             except ssl.SSLError:
-                self._send_now(self._out.read())
+                with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    self._send_now(self._out.read())
                 raise
             else:
                 break
@@ -167,16 +173,18 @@ class Transport:
             if not self._more:
                 received = await self._receive_into(self._cipher)
                 self._eof = not received
+            self._more = False
             plain = self._decrypt(received)
             if plain:
                 return self._plain[:plain]
+        if self._error:
+            raise trio.BrokenResourceError(self._error)
         return self._plain[:0]
 
     def _decrypt(self, received: int) -> int:
-        """Decrypt *received* bytes of ciphertext, and what was left over, into the plain buffer."""
+        """Decrypt *received* bytes of ciphertext, and what came before them, into the plain buffer."""
         tls, bio, plain, cipher = self.tls, self._in, self._plain, self._cipher
         assert tls is not None  # noqa: S101
-        room = len(plain)
         filled = position = 0
         while True:
             if position < received:
@@ -185,8 +193,8 @@ class Transport:
                 position = stop
             try:
                 # Asking first saves the SSLWantReadError at the end of nearly every batch.
-                while (bio.pending or tls.pending()) and filled < room:
-                    count = cast("int", tls.read(room - filled, plain[filled:]))
+                while bio.pending or tls.pending():
+                    count = cast("int", tls.read(_RECORD, plain[filled:]))
                     if not count:
                         self._eof = True
                         break
@@ -196,21 +204,24 @@ class Transport:
             except ssl.SSLZeroReturnError:
                 self._eof = True
             except ssl.SSLError as error:
+                # What came before the broken record still counts.
                 self._eof = True
-                self._flush_out()
-                if filled:
-                    break  # what came before the broken record still counts
-                raise trio.BrokenResourceError(f"TLS: {error.reason or error}") from error
+                self._error = f"TLS: {error.reason or error}"
             if self._eof or position >= received:
                 break
-        self._more = filled >= room
         self._flush_out()
         return filled
 
     def _flush_out(self) -> None:
-        # A key update, an alert or a renegotiation refused: reading can produce output.
-        if self._out.pending:
-            self._send_now(self._out.read())
+        # A key update or an alert: reading can produce output. While the socket is full it stays in
+        # the BIO, in front of what is sent next; if this is what fills it, the next send says so.
+        pending = self._out.pending
+        if pending > _ANSWERS:
+            raise trio.BrokenResourceError("TLS: the peer does not read its answers")
+        if pending and not self._unsent:
+            # A reader learns from the socket that it is broken, after what was received.
+            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                self._send_now(self._out.read())
 
     async def _receive_into(self, buffer: memoryview) -> int:
         while True:
@@ -224,14 +235,12 @@ class Transport:
     def send(self, parts: Sequence[Buffer]) -> bool:
         """Send as much as the socket takes; return whether all went out.
 
-        What is left is kept (copied, so the parts may be reused) and goes out with :meth:`drain`,
-        until which nothing more may be sent. Never waits and is no checkpoint.
+        What is left is kept (copied, so the parts may be reused) and goes out with :meth:`drain`;
+        what is sent before that is put behind it. Never waits and is no checkpoint.
 
         Raises:
           trio.BrokenResourceError, trio.ClosedResourceError
         """
-        if self._unsent:
-            raise trio.BusyResourceError("the socket is full")
         tls = self.tls
         if tls is None:
             return self._send_parts(parts)
@@ -253,7 +262,7 @@ class Transport:
     def _send_parts(self, parts: Sequence[Buffer]) -> bool:
         if len(parts) == 1:
             return self._send_now(parts[0])
-        if len(parts) > 512:  # IOV_MAX is 1,024
+        if self._unsent or len(parts) > 512:  # IOV_MAX is 1,024
             return self._send_now(b"".join(parts))
         total = sum(map(len, parts))
         try:
@@ -290,14 +299,20 @@ class Transport:
         Cancellation: what is unsent stays; drain again.
         """
         while self._unsent:
-            await trio.lowlevel.wait_writable(self.sock)
-            try:
-                sent = self.sock.send(self._unsent)
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                raise self._broken(error) from error
-            self._unsent = memoryview(self._unsent)[sent:] if sent < len(self._unsent) else b""
+            await self.drain_some()
+
+    async def drain_some(self) -> None:
+        """Wait until the socket takes some of what :meth:`send` kept; as :meth:`drain` otherwise."""
+        if self._closed:
+            raise trio.ClosedResourceError("closed by another task")
+        await trio.lowlevel.wait_writable(self.sock)
+        try:
+            sent = self.sock.send(self._unsent)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise self._broken(error) from error
+        self._unsent = memoryview(self._unsent)[sent:] if sent < len(self._unsent) else b""
 
     async def _send_all(self, data: bytes) -> None:
         if data and not self._send_now(data):

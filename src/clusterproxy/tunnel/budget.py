@@ -61,7 +61,7 @@ class Guard:
       pause, resume: withhold the source's credit, and grant it again.
     """
 
-    __slots__ = ("_budget", "_closed", "_counted", "_pause", "_queue", "_resume", "over")
+    __slots__ = ("_budget", "_closed", "_counted", "_pause", "_queue", "_resume", "_watched", "over")
 
     def __init__(
         self,
@@ -76,6 +76,7 @@ class Guard:
         self._resume = resume
         self._counted = 0
         self._closed = False
+        self._watched = False
         self.over = False
 
     @property
@@ -84,9 +85,9 @@ class Guard:
         return self._queue.taken
 
     def update(self) -> bool:
-        """Look at the queue after it changed; return True when it has just gone over its budget.
+        """Look at the queue after it changed; return True when it has gone over its budget unwatched.
 
-        Whoever gets True starts to watch for a stall, while ``over`` is true.
+        Whoever gets True starts to watch for a stall, while :meth:`watch` returns true.
         """
         queued = self._queue.queued
         self._budget.used += queued - self._counted
@@ -99,11 +100,17 @@ class Guard:
         elif queued > limit and not self._closed:
             self.over = True
             self._pause()
-            return True
+            if not self._watched:
+                self._watched = True
+                return True
         return False
 
-    def still_over(self) -> bool:
-        """``over``, asked again after a wait."""
+    def watch(self) -> bool:
+        """Return whether there still is something to watch.
+
+        A queue may go over its budget and back many times between two looks of its one watcher.
+        """
+        self._watched = self.over
         return self.over
 
     def close(self) -> None:

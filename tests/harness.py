@@ -1,0 +1,336 @@
+"""Server and agent in this process, between scripted peers that speak packets over socket pairs."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from clusterproxy.agent.config import AgentConfig
+from clusterproxy.agent.resolver import Resolver
+from clusterproxy.agent.session import Session
+from clusterproxy.agent.state import AgentState
+from clusterproxy.agent.state import PacketCounters as AgentPackets
+from clusterproxy.grpc import PREFIX_SIZE, Metadata, prefix
+from clusterproxy.http2.connection import Http2Connection
+from clusterproxy.http2.flow import Flow
+from clusterproxy.http2.limits import Http2Limits
+from clusterproxy.rpc.channel import ClientCall, start_call
+from clusterproxy.rpc.server import RpcServer, ServerCall
+from clusterproxy.server.backend import backend_opener
+from clusterproxy.server.backends import BackendPool
+from clusterproxy.server.config import ServerConfig
+from clusterproxy.server.connect import ConnectTunnel
+from clusterproxy.server.frontend import frontend_opener
+from clusterproxy.server.state import PacketCounters as ServerPackets
+from clusterproxy.server.state import ServerState
+from clusterproxy.telemetry.agent_metrics import AgentMetrics
+from clusterproxy.telemetry.server_metrics import ServerMetrics
+from clusterproxy.transport.stream import Transport
+from clusterproxy.tunnel.budget import Budget
+from clusterproxy_proto import CloseResponse, Data, DialRequest, Packet, Payload, decode, encode
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable
+
+    from clusterproxy.rpc.call import Call
+    from clusterproxy.server.backend import Backend
+    from clusterproxy.telemetry.cells import Family, HistogramFamily
+
+PROXY = "/ProxyService/Proxy"
+CONNECT = "/AgentService/Connect"
+GO = "grpc-go/1.76.0"
+OURS = "clusterproxy/0"
+WINDOW = 64 * 1024
+
+
+async def settle() -> None:
+    """Let everything happen that needs no time to pass."""
+    # A batch that one task writes may wake the next one only after the first look.
+    for _ in range(3):
+        await wait_all_tasks_blocked()
+
+
+def socket_pair() -> tuple[socket.socket, socket.socket]:
+    pair = socket.socketpair()
+    for sock in pair:
+        sock.setblocking(False)
+    return pair
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends of a TCP connection, for what Unix sockets do not have: resets and send buffers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        theirs, _ = listener.accept()
+    for sock in (ours, theirs):
+        sock.setblocking(False)
+    return ours, theirs
+
+
+def value(family: Family, *labels: str) -> float:
+    """The value of a metric, 0 if it is not there yet."""
+    cell = family.children.get(labels)
+    return 0 if cell is None else cell.value
+
+
+def values(family: Family) -> dict[str, float]:
+    """The non-zero values of a metric with one label, by its value; with several, joined by a comma."""
+    return {",".join(labels): cell.value for labels, cell in family.children.items() if cell.value}
+
+
+def observations(family: HistogramFamily) -> int:
+    return sum(sum(histogram.counts) for histogram in family.children.values())
+
+
+class Peer:
+    """A scripted end of one call: sends packets, and keeps those that come.
+
+    Packets go out in the order in which they were sent, whatever their size.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.received: deque[Packet] = deque()
+        self.ended = trio.Event()
+        self.closed_with: tuple[str, str] | None = None
+        self.half_closed = False
+        self._flow = Flow()
+        self._arrived = trio.Event()
+        call.receive = self._receive
+        call.on_close = self._on_close
+        call.on_half_close = self._on_half_close
+
+    def _receive(self, _size: int, head: memoryview, rest: tuple[memoryview, ...]) -> None:
+        self.received.append(decode(b"".join((head[PREFIX_SIZE:], *rest))))
+        self._arrived.set()
+
+    def _on_close(self, status: Any, message: str) -> None:
+        self.closed_with = (status.go_name, message)
+        self.ended.set()
+        self._arrived.set()
+
+    def _on_half_close(self) -> None:
+        self.half_closed = True
+        self.ended.set()
+
+    def send(self, *payloads: Payload) -> None:
+        for payload in payloads:
+            self.send_message(encode(Packet.of(payload)))
+
+    def send_message(self, message: bytes) -> None:
+        framed = prefix(len(message)) + message
+        self.call.forward(self._flow, len(framed), framed)
+
+    @property
+    def unsent(self) -> int:
+        return self._flow.queued
+
+    async def next(self, within: float = 1.0) -> Payload | None:
+        """The next packet's payload."""
+        with trio.fail_after(within):
+            while not self.received:
+                if self.closed_with is not None:
+                    raise EOFError(self.closed_with)
+                self._arrived = trio.Event()
+                await self._arrived.wait()
+        return self.received.popleft().payload
+
+    async def expect(self, *payloads: Payload) -> None:
+        """Exactly these packets come next."""
+        for payload in payloads:
+            assert await self.next() == payload
+
+    async def expect_nothing_more(self) -> None:
+        await settle()
+        assert not self.received
+
+    async def read(self, connect_id: int, size: int, within: float = 1.0) -> bytes:
+        """The bytes of a connection, in however many packets; nothing else may come between."""
+        data = b""
+        while len(data) < size:
+            packet = await self.next(within)
+            assert isinstance(packet, Data)
+            assert packet.connect_id == connect_id
+            data += packet.data
+        assert len(data) == size
+        return data
+
+    async def status(self) -> tuple[str, str]:
+        """Wait for the end of the call."""
+        with trio.fail_after(1):
+            while self.closed_with is None:
+                self._arrived = trio.Event()
+                await self._arrived.wait()
+        return self.closed_with
+
+    def pause(self) -> None:
+        """Read no more: what is on its way fills the window."""
+        self.call.stream.pause()
+
+    def resume(self) -> None:
+        self.call.stream.resume()
+
+
+@attrs.define(eq=False)
+class ClientPeer(Peer):
+    """The client's end of a call, that is, a client or an agent."""
+
+    call: ClientCall
+    connection: Http2Connection
+    sock: socket.socket
+
+    def __attrs_pre_init__(self, call: ClientCall, *_: object, **__: object) -> None:
+        super().__init__(call)
+
+    def hang_up(self) -> None:
+        """The connection is lost."""
+        self.connection.fail("hung up")
+
+    def half_close(self) -> None:
+        self.call.half_close()
+
+    def reset(self) -> None:
+        self.call.cancel()
+
+
+@attrs.define(eq=False)
+class ServerWorld:
+    """A proxy server without its listeners."""
+
+    state: ServerState
+    nursery: trio.Nursery
+    frontends: RpcServer
+    agents: RpcServer
+    peers: list[ClientPeer] = attrs.field(factory=list)
+    limits_exceeded: list[str] = attrs.field(factory=list)
+
+    @property
+    def metrics(self) -> ServerMetrics:
+        return self.state.metrics
+
+    @property
+    def dial_failures(self) -> dict[str, float]:
+        return values(self.metrics.dial_failure_count)
+
+    def packets(self, segment: str) -> dict[str, float]:
+        """The packets counted in a segment, by type."""
+        found = self.metrics.stream_packets_total.children.items()
+        return {labels[1]: cell.value for labels, cell in found if labels[0] == segment}
+
+    @property
+    def pending(self) -> float:
+        return value(self.metrics.pending_backend_dials)
+
+    @property
+    def established(self) -> float:
+        return value(self.metrics.established_connections)
+
+    def backend(self, agent_id: str) -> Backend:
+        (found,) = (one for one in self.state.pool.backends if one.agent_id == agent_id)
+        return found
+
+    async def call(
+        self,
+        server: RpcServer,
+        path: str,
+        metadata: Metadata | None = None,
+        *,
+        user_agent: str = OURS,
+        beside: ClientPeer | None = None,
+        window: int = WINDOW,
+        **options: Any,
+    ) -> ClientPeer:
+        """Start a call on a connection of its own, or *beside* another one."""
+        if beside is None:
+            ours, theirs = socket_pair()
+            self.nursery.start_soon(server.serve, Transport(theirs))
+            limits = Http2Limits(window=window, max_message_size=16 * 1024 * 1024)
+            connection = Http2Connection(Transport(ours), client=True, limits=limits)
+            self.nursery.start_soon(connection.run)
+            await trio.lowlevel.checkpoint()
+        else:
+            ours, connection = beside.sock, beside.connection
+        call = start_call(
+            connection,
+            path,
+            authority="test",
+            secure=False,
+            metadata=metadata or {},
+            user_agent=user_agent,
+            **options,
+        )
+        peer = ClientPeer(call, connection, ours)
+        self.peers.append(peer)
+        call.attach(self._tasks())
+        await settle()
+        return peer
+
+    def _tasks(self) -> Any:
+        return _NoNursery()
+
+    async def client(self, **options: Any) -> ClientPeer:
+        return await self.call(self.frontends, PROXY, **options)
+
+    async def agent(
+        self, agent_id: str = "agent", identifiers: str = "", **options: Any
+    ) -> ClientPeer:
+        metadata: Metadata = {"agentid": [agent_id], "agentidentifiers": [identifiers]}
+        return await self.call(self.agents, CONNECT, metadata, **options)
+
+    async def http(
+        self, pair: tuple[socket.socket, socket.socket] | None = None
+    ) -> trio.SocketStream:
+        """A client's socket in HTTP CONNECT mode."""
+        ours, theirs = pair or socket_pair()
+        tunnel = ConnectTunnel(self.state, Transport(theirs))
+        self.nursery.start_soon(tunnel.run)
+        return trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+
+    async def connect(
+        self, client: ClientPeer, agent: ClientPeer, connect_id: int = 1, random: int = 1
+    ) -> None:
+        """Establish a connection."""
+        client.send(DialRequest("tcp", "target:80", random))
+        dial = await agent.next()
+        assert isinstance(dial, DialRequest)
+        agent.send(dial_ok(connect_id, dial.random))
+        await client.expect(dial_ok(connect_id, random))
+
+    def check_idle(self) -> None:
+        """Nothing is left in any table or gauge once all peers have gone."""
+        metrics = self.metrics
+        assert not self.state.pool.backends
+        assert not self.state.budget.used
+        for gauge in (
+            metrics.pending_backend_dials,
+            metrics.established_connections,
+            metrics.grpc_connections,
+            metrics.http_connections,
+            metrics.full_receive_channels,
+            metrics.paused_streams,
+            metrics.buffered_bytes,
+            metrics.ready_backends,
+            metrics.ready_backend_connections,
+        ):
+            assert not values(gauge), gauge.name
+
+
+class _NoNursery:
+    """Stands in for a call's nursery, of which a scripted peer has no need."""
+
+    cancel_scope = trio.CancelScope()
+
+    def start_soon(self, *_: object) -> None:
+        raise AssertionError
+
+
+def dial_ok(connect_id: int, random: int) -> Payload:
+    from clusterproxy_proto import DialResponse
+
+    return DialResponse(connect_id=connect_id, random=random)
