@@ -15,6 +15,7 @@ DEMO_CLIENT := build/democlient
 GO_FILES := $(shell find conformance -name '*.go' -o -name go.mod -o -name go.sum)
 SANS_IO := src/clusterproxy_proto/*,src/clusterproxy/grpc/*,src/clusterproxy/tunnel/*
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,7 +49,8 @@ check: $(READY) ## ruff, mypy --strict, pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(READY) go-is-here ## measure beside the Go programs
-	cd conformance && $(GO) run ./cmd/bench
+	@mkdir -p build
+	$(BIN)/python conformance/bench.py --json build/bench.json $(BENCH_ARGS)
 
 lock: ## write requirements/*.txt anew from pyproject.toml (needs uv)
 	$(UV) pip compile $(LOCK) pyproject.toml -o requirements/runtime.txt

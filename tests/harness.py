@@ -6,12 +6,14 @@ import contextlib
 import socket
 from collections import deque
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import attrs
 import trio
 from trio.testing import wait_all_tasks_blocked
 
 from clusterproxy.agent.config import AgentConfig
+from clusterproxy.agent.dial import dial
 from clusterproxy.agent.resolver import Resolver
 from clusterproxy.agent.session import Session
 from clusterproxy.agent.state import AgentState
@@ -33,7 +35,7 @@ from clusterproxy.telemetry.agent_metrics import AgentMetrics
 from clusterproxy.telemetry.server_metrics import ServerMetrics
 from clusterproxy.transport.stream import Transport
 from clusterproxy.tunnel.budget import Budget
-from clusterproxy_proto import CloseResponse, Data, DialRequest, Packet, Payload, decode, encode
+from clusterproxy_proto import Data, DialRequest, DialResponse, Packet, Payload, decode, encode
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -177,26 +179,18 @@ class Peer:
         self.call.stream.resume()
 
 
-@attrs.define(eq=False)
 class ClientPeer(Peer):
     """The client's end of a call, that is, a client or an agent."""
 
-    call: ClientCall
-    connection: Http2Connection
-    sock: socket.socket
-
-    def __attrs_pre_init__(self, call: ClientCall, *_: object, **__: object) -> None:
+    def __init__(self, call: ClientCall, connection: Http2Connection) -> None:
         super().__init__(call)
+        self.connection = connection
+        self.half_close = call.half_close
+        self.reset = call.cancel
 
     def hang_up(self) -> None:
         """The connection is lost."""
         self.connection.fail("hung up")
-
-    def half_close(self) -> None:
-        self.call.half_close()
-
-    def reset(self) -> None:
-        self.call.cancel()
 
 
 @attrs.define(eq=False)
@@ -208,6 +202,7 @@ class ServerWorld:
     frontends: RpcServer
     agents: RpcServer
     peers: list[ClientPeer] = attrs.field(factory=list)
+    streams: list[trio.SocketStream] = attrs.field(factory=list)
     limits_exceeded: list[str] = attrs.field(factory=list)
 
     @property
@@ -255,7 +250,7 @@ class ServerWorld:
             self.nursery.start_soon(connection.run)
             await trio.lowlevel.checkpoint()
         else:
-            ours, connection = beside.sock, beside.connection
+            connection = beside.connection
         call = start_call(
             connection,
             path,
@@ -265,14 +260,10 @@ class ServerWorld:
             user_agent=user_agent,
             **options,
         )
-        peer = ClientPeer(call, connection, ours)
+        peer = ClientPeer(call, connection)
         self.peers.append(peer)
-        call.attach(self._tasks())
         await settle()
         return peer
-
-    def _tasks(self) -> Any:
-        return _NoNursery()
 
     async def client(self, **options: Any) -> ClientPeer:
         return await self.call(self.frontends, PROXY, **options)
@@ -290,7 +281,9 @@ class ServerWorld:
         ours, theirs = pair or socket_pair()
         tunnel = ConnectTunnel(self.state, Transport(theirs))
         self.nursery.start_soon(tunnel.run)
-        return trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        self.streams.append(stream)
+        return stream
 
     async def connect(
         self, client: ClientPeer, agent: ClientPeer, connect_id: int = 1, random: int = 1
@@ -321,16 +314,211 @@ class ServerWorld:
             assert not values(gauge), gauge.name
 
 
-class _NoNursery:
-    """Stands in for a call's nursery, of which a scripted peer has no need."""
-
-    cancel_scope = trio.CancelScope()
-
-    def start_soon(self, *_: object) -> None:
-        raise AssertionError
-
-
-def dial_ok(connect_id: int, random: int) -> Payload:
-    from clusterproxy_proto import DialResponse
-
+def dial_ok(connect_id: int, random: int) -> DialResponse:
     return DialResponse(connect_id=connect_id, random=random)
+
+
+def server_state(**config: Any) -> ServerState:
+    settings = ServerConfig(**{"server_id": "server", **config})
+    metrics = ServerMetrics()
+    return ServerState(
+        config=settings,
+        metrics=metrics,
+        pool=BackendPool(settings.proxy_strategies, metrics),
+        budget=Budget(each=settings.connection_buffer_bytes, total=settings.total_buffer_bytes),
+        data_packets=ServerPackets(metrics),
+    )
+
+
+@contextlib.asynccontextmanager
+async def serving(**config: Any) -> AsyncGenerator[ServerWorld]:
+    """Run a server; leaving the block ends all peers, and checks that nothing is left of them."""
+    state = server_state(**config)
+    async with trio.open_nursery() as nursery:
+        exceeded: list[str] = []
+        limits = Http2Limits()
+        frontends = RpcServer(
+            {PROXY: frontend_opener(state)}, limits=limits, on_limit=exceeded.append
+        )
+        agents = RpcServer({CONNECT: backend_opener(state)}, limits=limits, on_limit=exceeded.append)
+        world = ServerWorld(state, nursery, frontends, agents, limits_exceeded=exceeded)
+        yield world
+        for peer in world.peers:
+            peer.hang_up()
+        for stream in world.streams:
+            await trio.aclose_forcefully(stream)
+        await settle()
+        world.check_idle()
+        nursery.cancel_scope.cancel()
+
+
+# -- the agent -------------------------------------------------------------------------------------
+
+
+class ScriptedServer(Peer):
+    """The server's end of an agent's call."""
+
+    call: ServerCall
+
+    def __init__(self, call: ServerCall) -> None:
+        super().__init__(call)
+        self.metadata = call.metadata
+        self.user_agent = call.user_agent
+        self._over = trio.Event()
+
+    async def run(self) -> None:
+        await self._over.wait()
+
+    def finish(self) -> None:
+        """End the stream with OK."""
+        self._over.set()
+
+
+class ScriptedServers:
+    """A server whose every agent stream is scripted.
+
+    *metadata* is what it greets agents with, or None for no greeting.
+    """
+
+    def __init__(self, metadata: Metadata | None = None, *, window: int = WINDOW) -> None:
+        self.metadata = metadata
+        self.peers: list[ScriptedServer] = []
+        limits = Http2Limits(window=window, max_message_size=16 * 1024 * 1024)
+        self.rpc = RpcServer({CONNECT: self._open}, limits=limits)
+
+    def _open(self, call: ServerCall) -> Callable[[], Awaitable[None]]:
+        peer = ScriptedServer(call)
+        self.peers.append(peer)
+        if self.metadata is not None:
+            call.send_initial_metadata(self.metadata)
+        return peer.run
+
+
+def greeting(server_id: str = "server", count: int | str = 1) -> Metadata:
+    return {"serverid": [server_id], "servercount": [str(count)]}
+
+
+def agent_state(**config: Any) -> AgentState:
+    settings = AgentConfig(**{"agent_id": "agent", **config})
+    metrics = AgentMetrics()
+    return AgentState(
+        config=settings,
+        metrics=metrics,
+        budget=Budget(each=settings.connection_buffer_bytes, total=settings.total_buffer_bytes),
+        resolver=Resolver(),
+        data_packets=AgentPackets(metrics),
+    )
+
+
+class Services:
+    """What the agent reaches: plays :func:`clusterproxy.agent.dial.dial`.
+
+    ``pair`` and ``listen`` make services; other addresses are dialled in earnest.
+    """
+
+    def __init__(self) -> None:
+        self._sockets: dict[str, socket.socket] = {}
+        self.opened: list[trio.SocketStream] = []
+        self.cancelled: list[str] = []
+
+    def pair(self, address: str, *, tcp: bool = False) -> trio.SocketStream:
+        """A service that is connected when *address* is dialled, once."""
+        ours, theirs = tcp_pair() if tcp else socket_pair()
+        self._sockets[address] = theirs
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        self.opened.append(stream)
+        return stream
+
+    async def dial(
+        self, network: str, address: str, *, timeout_s: float, resolver: Resolver
+    ) -> socket.socket:
+        if address.startswith("never"):
+            try:
+                await trio.sleep_forever()
+            except trio.Cancelled:
+                self.cancelled.append(address)
+                raise
+        if address in self._sockets:
+            await trio.lowlevel.checkpoint()
+            return self._sockets.pop(address)
+        return await dial(network, address, timeout_s=timeout_s, resolver=resolver)
+
+
+@attrs.define(eq=False)
+class AgentWorld:
+    """One session of an agent, with a scripted server at the other end."""
+
+    state: AgentState
+    session: Session
+    server: ScriptedServer
+    services: Services
+    connection: Http2Connection
+    ended: trio.Event
+    nursery: trio.Nursery
+
+    @property
+    def metrics(self) -> AgentMetrics:
+        return self.state.metrics
+
+    @property
+    def open(self) -> float:
+        return value(self.metrics.open_endpoint_connections)
+
+    def packets(self, segment: str) -> dict[str, float]:
+        found = self.metrics.stream_packets_total.children.items()
+        return {labels[1]: cell.value for labels, cell in found if labels[0] == segment}
+
+    async def connect(self, *, connect_id: int = 1, tcp: bool = False) -> trio.SocketStream:
+        """Have the agent connect to a service, and return the service's end."""
+        address = f"service:{connect_id}"
+        service = self.services.pair(address, tcp=tcp)
+        self.server.send(DialRequest("tcp", address, 100 + connect_id))
+        await self.server.expect(dial_ok(connect_id, 100 + connect_id))
+        return service
+
+    def check_idle(self) -> None:
+        assert not self.session.busy
+        assert not self.open
+        assert not self.state.budget.used
+        assert not values(self.metrics.paused_streams)
+        assert not values(self.metrics.buffered_bytes)
+
+
+@contextlib.asynccontextmanager
+async def session(*, window: int = WINDOW, **config: Any) -> AsyncGenerator[AgentWorld]:
+    """Run an agent's session; leaving the block ends it, and checks that nothing is left."""
+    state = agent_state(**config)
+    servers = ScriptedServers(greeting(), window=window)
+    services = Services()
+    ours, theirs = socket_pair()
+    with patch("clusterproxy.agent.session.dial", services.dial):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(servers.rpc.serve, Transport(theirs))
+            connection = Http2Connection(Transport(ours), client=True, limits=Http2Limits())
+            nursery.start_soon(connection.run)
+            await trio.lowlevel.checkpoint()
+            call = start_call(
+                connection, CONNECT, authority="t", secure=False, metadata={}, user_agent=OURS
+            )
+            agent = Session(state, call)
+            await agent.greet()
+            ended = trio.Event()
+
+            async def run() -> None:
+                await agent.run()
+                ended.set()
+
+            nursery.start_soon(run)
+            await settle()
+            world = AgentWorld(
+                state, agent, servers.peers[0], services, connection, ended, nursery
+            )
+            yield world
+            connection.fail("the test is over")
+            with trio.fail_after(60):
+                await ended.wait()
+            await settle()
+            world.check_idle()
+            nursery.cancel_scope.cancel()
+    for service in services.opened:
+        await trio.aclose_forcefully(service)

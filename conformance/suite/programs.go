@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -280,11 +281,24 @@ func scrape(url string) (map[string]float64, error) {
 		if err != nil {
 			return nil, fmt.Errorf("sample %q: %w", line, err)
 		}
-		out[line[:i]] = v
+		out[sortLabels(line[:i])] = v
 	}
 	return out, nil
 }
 
+// sortLabels puts the labels of a sample in order, which is Go's way of
+// writing them. (No value of ours has a comma in it.)
+func sortLabels(sample string) string {
+	name, labels, ok := strings.Cut(strings.TrimSuffix(sample, "}"), "{")
+	if !ok {
+		return sample
+	}
+	parts := strings.Split(labels, ",")
+	slices.Sort(parts)
+	return name + "{" + strings.Join(parts, ",") + "}"
+}
+
+// sampleName wants the labels in order.
 func sampleName(name string, labels []string) string {
 	full := metricPrefix + name
 	if len(labels) == 0 {

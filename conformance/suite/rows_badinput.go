@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -328,7 +329,7 @@ func rowBrokenMessages(t *T) {
 		status string
 	}{
 		{"message cut short by END_STREAM", prefix(0, 100, make([]byte, 10)...), true, "13"},
-		{"prefix cut short by END_STREAM", []byte{0, 0, 0}, true, "13"},
+		{"prefix cut short by END_STREAM", []byte{0, 0, 0}, true, "13 0"}, // grpc-go takes it for the end
 		{"second message cut short", append(append([]byte{}, dial...), prefix(0, 5, 1)...), true, "13"},
 		{"message of 5 MiB announced", prefix(0, 5<<20, 1, 2, 3), false, "8"},
 		{"message of 4 GiB announced", prefix(0, 0xffffffff, 1, 2, 3), false, "8"},
@@ -341,7 +342,7 @@ func rowBrokenMessages(t *T) {
 		id := h.Request("/ProxyService/Proxy", "application/grpc", false)
 		t.Check(h.Data(id, c.body, c.end), "DATA")
 		r := h.WantResponse(id)
-		if got := r.header["grpc-status"]; got != c.status {
+		if got := r.header["grpc-status"]; !slices.Contains(strings.Fields(c.status), got) {
 			t.Errorf("%s: grpc-status %q %q, want %s", c.name, got, r.header["grpc-message"], c.status)
 		}
 		h.conn.Close()
@@ -923,15 +924,17 @@ func rowFloods(t *T) {
 		start []byte
 		piece func(int) []byte
 		count int
+		// It costs the server no more than any other bytes.
+		harmless bool
 	}{
-		{"resets", nil, reset, 20000},
-		{"pings", nil, func(int) []byte { return frame(6, 0, 0, []byte("12345678")) }, 50000},
-		{"settings", nil, func(int) []byte { return frame(4, 0, 0, []byte{0, 4, 0, 0, 0xff, 0xff}) }, 50000},
-		{"empty DATA", open, func(int) []byte { return frame(0, 0, 1, nil) }, 100000},
-		{"CONTINUATION", frame(1, 0, 1, proxyHeaders()), func(int) []byte { return frame(9, 0, 1, headerBlock("x-filler", strings.Repeat("abcdefgh", 100))) }, 50000},
-		{"empty CONTINUATION", frame(1, 0, 1, proxyHeaders()), func(int) []byte { return frame(9, 0, 1, nil) }, 100000},
-		{"priorities", nil, func(i int) []byte { return frame(2, 0, uint32(2*i+1), []byte{0, 0, 0, 0, 16}) }, 100000},
-		{"unknown frames", nil, func(int) []byte { return frame(0x77, 0, 0, []byte("x")) }, 100000},
+		{"resets", nil, reset, 20000, false},
+		{"pings", nil, func(int) []byte { return frame(6, 0, 0, []byte("12345678")) }, 50000, false},
+		{"settings", nil, func(int) []byte { return frame(4, 0, 0, []byte{0, 4, 0, 0, 0xff, 0xff}) }, 50000, false},
+		{"empty DATA", open, func(int) []byte { return frame(0, 0, 1, nil) }, 100000, false},
+		{"CONTINUATION", frame(1, 0, 1, proxyHeaders()), func(int) []byte { return frame(9, 0, 1, headerBlock("x-filler", strings.Repeat("abcdefgh", 100))) }, 50000, false},
+		{"empty CONTINUATION", frame(1, 0, 1, proxyHeaders()), func(int) []byte { return frame(9, 0, 1, nil) }, 100000, false},
+		{"priorities", nil, func(i int) []byte { return frame(2, 0, uint32(2*i+1), []byte{0, 0, 0, 0, 16}) }, 100000, true},
+		{"unknown frames", nil, func(int) []byte { return frame(0x77, 0, 0, []byte("x")) }, 100000, true},
 	} {
 		conn := b.s.MustFront()
 		conn.SetDeadline(time.Now().Add(15 * time.Second))
@@ -953,6 +956,8 @@ func rowFloods(t *T) {
 		conn.Close()
 		if cut {
 			t.Notef("%s: cut off within %d frames", c.name, sent)
+		} else if c.harmless {
+			t.Notef("%s: %d frames are taken", c.name, sent)
 		} else {
 			t.ServerDiffers("%s: %d frames are taken", c.name, sent)
 		}

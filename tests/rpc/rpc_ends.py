@@ -192,9 +192,18 @@ class RawPeer:
         stream_id = self.h2.get_next_available_stream_id()
         self.h2.send_headers(stream_id, headers, end_stream=end and not data)
         if data:
-            self.h2.send_data(stream_id, data, end_stream=end)
+            self.send_data(stream_id, data, end=end)
         self.flush()
         return stream_id
+
+    def send_data(self, stream_id: int, data: bytes, *, end: bool = False) -> None:
+        """Send DATA; the windows must allow it."""
+        step = self.h2.max_outbound_frame_size
+        for start in range(0, len(data), step):
+            self.h2.send_data(stream_id, data[start : start + step])
+        if end:
+            self.h2.end_stream(stream_id)
+        self.flush()
 
     async def answer(self, stream_id: int) -> Answer:
         """Collect everything on one stream until it ends."""

@@ -49,6 +49,8 @@ def encode_headers(metadata: Mapping[str, Iterable[str | bytes]]) -> list[Header
                 encoded = base64.b64encode(value).rstrip(b"=")
             else:
                 encoded = value.encode("utf-8") if isinstance(value, str) else value
+                # HTTP/2 forbids spaces at the ends (RFC 9113 §8.2.1).
+                encoded = encoded.strip(b" ")
                 if not _VALUE.match(encoded):
                     raise MetadataError(f"metadata {name!r} has a value that is not printable ASCII")
             fields.append((key, encoded))

@@ -78,10 +78,17 @@ _ESCAPED: Final = re.compile(rb"%([0-9A-Fa-f]{2})")
 
 
 def encode_message(message: str) -> bytes:
-    """Percent-encode a ``grpc-message``: everything but printable ASCII, and the percent sign."""
+    """Percent-encode a ``grpc-message``: everything but printable ASCII, and the percent sign.
+
+    Spaces at the ends, too: HTTP/2 forbids them there (RFC 9113 §8.2.1).
+    """
+    raw = message.encode("utf-8", "surrogatepass")
+    last = len(raw) - 1
     return b"".join(
-        bytes((byte,)) if 0x20 <= byte <= 0x7E and byte != 0x25 else b"%%%02X" % byte
-        for byte in message.encode("utf-8", "surrogatepass")
+        bytes((byte,))
+        if 0x20 < byte <= 0x7E and byte != 0x25 or (byte == 0x20 and 0 < place < last)
+        else b"%%%02X" % byte
+        for place, byte in enumerate(raw)
     )
 
 

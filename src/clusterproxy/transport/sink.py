@@ -28,7 +28,7 @@ class ByteSink:
     Attributes:
       queued: bytes that wait, in the queue or for room in the socket.
       taken: bytes that the socket has taken since the beginning.
-      on_drain: called whenever ``queued`` has shrunk.
+      on_drain: called whenever ``queued`` has shrunk, or has grown at the end of a batch.
       broken: whether a write failed; from then on everything is dropped.
 
     Args:
@@ -105,6 +105,7 @@ class ByteSink:
         self.queued += unsent
         self._writing = True
         self._spawn(self._write)
+        self.on_drain()
 
     async def _write(self) -> None:
         """Write the queue until it is empty; the only writer meanwhile."""
