@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -35,6 +36,7 @@ type Selection struct {
 	Pairings []Pairing
 	Workers  int
 	Repeat   int
+	Binding  bool // leave out runs of which no cell binds ours
 }
 
 type job struct {
@@ -77,11 +79,15 @@ func Run(env *Env, sel Selection, progress io.Writer) *Matrix {
 		res := &RowResult{ID: r.ID, Title: r.Title, Need: r.Need, Side: r.Side.String(), Scripted: r.Scripted, Cells: map[string]Result{}, row: r}
 		m.Rows = append(m.Rows, res)
 		results[r.ID] = res
+		jobs := r.jobs(sel.Pairings)
+		if sel.Binding {
+			jobs = slices.DeleteFunc(jobs, func(j job) bool { return !slices.ContainsFunc(j.cells, r.binds) })
+		}
 		for range max(sel.Repeat, 1) {
 			if r.Alone {
-				alone = append(alone, r.jobs(sel.Pairings)...)
+				alone = append(alone, jobs...)
 			} else {
-				together = append(together, r.jobs(sel.Pairings)...)
+				together = append(together, jobs...)
 			}
 		}
 	}

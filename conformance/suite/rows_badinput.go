@@ -427,7 +427,7 @@ func nonCanonical(mine, other int64) []struct {
 		{"connectID as a string", cat(typ, msg(field(0x0a, v(other)), id(mine), pay)), true, false},
 		{"long tag", cat(typ, []byte{0xa2, 0x80, 0x00}, v(int64(len(cat(id(mine), pay)))), id(mine), pay), true, false},
 		{"varint of 11 bytes", cat(typ, msg(cat([]byte{0x08}, bytes.Repeat([]byte{0x80}, 10), []byte{1}), pay)), false, true},
-		{"varint beyond 64 bits", cat(typ, msg(cat([]byte{0x08}, bytes.Repeat([]byte{0xff}, 9), []byte{2}), pay)), false, true},
+		{"varint beyond 64 bits", cat(typ, msg(cat([]byte{0x08}, bytes.Repeat([]byte{0xff}, 9), []byte{2}), pay)), false, false}, // cut to 64 bits by some decoders
 		{"length beyond the end", cat(typ, []byte{0x22, 100}, id(mine), pay), false, true},
 		{"inner length beyond the end", cat(typ, msg(id(mine), []byte{0x1a, 9, 'x'})), false, true},
 		{"field number 0", cat(typ, []byte{0x02, 0}, msg(id(mine), pay)), false, true},
@@ -466,7 +466,7 @@ func rowNonCanonical(t *T) {
 	}
 	fine("before")
 	for i := range nonCanonical(1, 1) {
-		c := s.Client("sender")
+		c := s.Client("sender of " + nonCanonical(1, 1)[i].name)
 		random := int64(1000 + i)
 		c.Send(dialReq(random, g.Addr))
 		rsp := c.Next().GetDialResponse()

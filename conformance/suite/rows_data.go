@@ -84,7 +84,10 @@ func (s *source) writeTo(w io.Writer, n, largest int, sizes *rand.Rand) error {
 // readHash reads n bytes and returns their hash.
 func readHash(r io.Reader, n int) ([]byte, error) {
 	sum := sha256.New()
-	_, err := io.CopyBuffer(sum, io.LimitReader(readerOnly{r}, int64(n)), make([]byte, 70000))
+	got, err := io.CopyBuffer(sum, io.LimitReader(readerOnly{r}, int64(n)), make([]byte, 70000))
+	if err == nil && got < int64(n) {
+		err = fmt.Errorf("%d of %d bytes: %w", got, n, io.ErrUnexpectedEOF)
+	}
 	return sum.Sum(nil), err
 }
 

@@ -4,7 +4,8 @@ import re
 from urllib.parse import unquote_to_bytes
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clusterproxy.grpc import (
     Status,
@@ -86,6 +87,8 @@ def test_messages_are_percent_encoded(message: str) -> None:
     encoded = encode_message(message)
     # PROTOCOL-HTTP2.md: Percent-Byte-Unencoded is %x20-%x24 and %x26-%x7E.
     assert re.fullmatch(rb"(?:[\x20-\x24\x26-\x7e]|%[0-9A-F]{2})*", encoded)
+    # RFC 9113 section 8.2.1
+    assert encoded == encoded.strip(b" ")
     assert unquote_to_bytes(encoded) == message.encode()
     assert decode_message(encoded) == message
 
@@ -96,6 +99,8 @@ def test_messages_are_percent_encoded(message: str) -> None:
         ("", b""),
         ("plain ~ text", b"plain ~ text"),
         ("100%", b"100%25"),
+        ("  a  b ", b"%20 a  b%20"),
+        (" ", b"%20"),
         ("a\r\nb\x7f", b"a%0D%0Ab%7F"),
         ("ü", b"%C3%BC"),
         ("\ud800", b"%ED%A0%80"),

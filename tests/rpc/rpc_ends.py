@@ -15,6 +15,7 @@ from h2.connection import H2Connection
 
 from clusterproxy.grpc import PREFIX_SIZE, Metadata
 from clusterproxy.http2.connection import Http2Connection
+from clusterproxy.http2.flow import Flow
 from clusterproxy.http2.limits import Http2Limits
 from clusterproxy.rpc.channel import ClientCall, start_call
 from clusterproxy.rpc.server import Opener, RpcServer, ServerCall
@@ -48,9 +49,9 @@ def headers_with(headers: Headers, **changed: bytes | None) -> list[tuple[bytes,
 
 def open_echo(call: ServerCall) -> Callable[[], Awaitable[None]]:
     """Send every message back; end with OK when the client half-closes."""
-    ended = trio.Event()
+    ended, flow = trio.Event(), Flow()
     call.on_half_close = ended.set
-    call.receive = lambda size, head, rest: call.forward(None, size, head, rest)
+    call.receive = lambda size, head, rest: call.forward(flow, size, head, rest)
     return ended.wait
 
 
@@ -162,8 +163,9 @@ class RawPeer:
 
     def flush(self) -> None:
         data = self.h2.data_to_send()
-        if data:
-            assert self._transport.send([data])
+        # Whether the other end still listens is its business.
+        with contextlib.suppress(trio.BrokenResourceError):
+            assert not data or self._transport.send([data])
 
     def close(self) -> None:
         self._transport.close()
@@ -233,8 +235,8 @@ async def raw_client(
     server = RpcServer({PATH: open_echo, **(methods or {})}, limits=limits)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(server.serve, theirs)
-        yield RawPeer(ours, client=True), server
-        ours.close()
+        with contextlib.closing(ours):
+            yield RawPeer(ours, client=True), server
         nursery.cancel_scope.cancel()
 
 
@@ -245,6 +247,6 @@ async def raw_server() -> AsyncIterator[tuple[RawPeer, Ends]]:
     async with trio.open_nursery() as nursery:
         client = Http2Connection(ours, client=True, limits=LIMITS)
         nursery.start_soon(client.run)
-        yield RawPeer(theirs, client=False), Ends(RpcServer({}, limits=LIMITS), client, nursery)
-        theirs.close()
+        with contextlib.closing(theirs):
+            yield RawPeer(theirs, client=False), Ends(RpcServer({}, limits=LIMITS), client, nursery)
         nursery.cancel_scope.cancel()

@@ -135,6 +135,36 @@ async def test_trailers_follow_what_waits() -> None:
     assert (flow.queued, flow.taken) == (0, 300_005)
 
 
+async def test_what_comes_while_the_trailers_wait() -> None:
+    closed: list[tuple[Status, str]] = []
+
+    def open_burst(call: ServerCall) -> Callable[[], Awaitable[None]]:
+        async def body() -> None:
+            framed = message(b"y" * 300_000)
+            call.forward(Flow(), len(framed), framed)
+
+        call.on_close = lambda status, text: closed.append((status, text))
+        return body
+
+    async with raw_client({BAD: open_burst}) as (peer, server):
+        (first, second) = (
+            peer.request(headers_with(REQUEST, path=BAD.encode()), end=False) for _ in range(2)
+        )
+        while len(closed) < 2:
+            await trio.testing.wait_all_tasks_blocked()
+        # The answer is complete, but the windows do not let it out.
+        peer.send_data(first, message(b"not wanted"), end=True)
+        peer.send_data(second, message(b"not wanted"))
+        peer.h2.reset_stream(second, 8)
+        peer.flush()
+        answer = await peer.answer(first)
+        assert answer.data == message(b"y" * 300_000)
+        assert answer.last[b"grpc-status"] == b"0"
+        (connection,) = server.connections
+        assert not connection.streams
+    assert closed == [(Status.OK, ""), (Status.OK, "")]
+
+
 async def test_an_unused_answer_is_dropped() -> None:
     async def body() -> None:
         call.finish(Status.ABORTED, "first")

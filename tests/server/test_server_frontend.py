@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import pytest
+import trio
 from harness import CONNECT, GO, PROXY, dial_ok, observations, serving, settle, value, values
 
 from clusterproxy.grpc import PREFIX_SIZE
@@ -276,8 +278,9 @@ async def test_what_is_ignored(autojump_clock: MockClock) -> None:
         client.send_message(encode(Packet(9)))
         client.send_message(encode(Packet(9, Data(1, data=b"?"))))
         client.send(CloseDial(77), CloseDial(1), dial_ok(1, 1), CloseResponse("", 1), Drain())
+        # Neither Go nor we send empty DATA, but it is DATA.
         client.send(Data(1), Data(1, data=b"y"))
-        await agent.expect(Data(1, data=b"y"))
+        await agent.expect(Data(1), Data(1, data=b"y"))
         await client.expect_nothing_more()
         assert server.packets("from_client")["Unknown"] == 2
         assert not server.dial_failures
@@ -442,7 +445,7 @@ async def test_what_is_ignored_from_agents(autojump_clock: MockClock) -> None:
         agent.send_message(encode(Packet(9)))
         agent.send(dial(), CloseRequest(1), Data(1))
         agent.send(Data(1, data=b"on"))
-        await client.expect(Data(1, data=b"on"))
+        await client.expect(Data(1), Data(1, data=b"on"))
         await agent.expect_nothing_more()
         assert values(server.metrics.rejected_packets_total) == {
             "from_agent,undecodable": 1,
@@ -475,9 +478,8 @@ async def test_no_dial_timeout(autojump_clock: MockClock) -> None:
         agent, client = await server.agent(), await server.client()
         client.send(dial(5))
         await agent.expect(dial(5))
-        with pytest.raises(Exception, match="") as caught:
+        with pytest.raises(trio.TooSlowError):
             await client.next(within=3600)
-        assert type(caught.value).__name__ == "TooSlowError"
         agent.send(dial_ok(1, 5))
         await client.expect(dial_ok(1, 5))
 
@@ -539,10 +541,9 @@ async def test_two_clients_choose_the_same_number(autojump_clock: MockClock) -> 
     async with serving() as server:
         agent = await server.agent()
         clients = [await server.client() for _ in range(3)]
+        randoms = []
         for client in clients:
             client.send(dial(7))
-        randoms = []
-        for _ in clients:
             request = await agent.next()
             assert isinstance(request, DialRequest)
             assert request.address == "target:80"
@@ -780,20 +781,15 @@ async def test_dial_answer_that_cannot_be_sent(autojump_clock: MockClock) -> Non
         client.pause()
         client.send(dial(1))
         await agent.expect(dial(1))
-        # Leaves no room for one answer more.
-        for _ in range(100_000):
-            if server.limits_exceeded or _urgent(server) > 262_144 - 16:
-                break
-            client.send(CloseRequest(5), *[dial(1) for _ in range(10)])
-            await settle()
-        assert not server.limits_exceeded
-        agent.send(dial_ok(1 << 60, 1))
-        await agent.expect(CloseRequest(1 << 60))
+        for _ in range(2000):
+            client.send(dial(1))
+        await settle()
+        (pending,) = server.backend("agent").dials.values()
+        waiting = pending.client.call.stream.schedule.urgent_size  # type: ignore[attr-defined]
+        assert waiting
+        with patch("clusterproxy.http2.stream._URGENT_LIMIT", waiting):
+            agent.send(dial_ok(9, 1))
+            await agent.expect(CloseRequest(9))
+        assert (await client.status())[0] == "ResourceExhausted"
         assert server.dial_failures == {"send_rsp": 1}
         assert server.established == 0
-
-
-def _urgent(server: object) -> int:
-    (dial_,) = next(iter(server.state.pool.backends)).dials.values()  # type: ignore[attr-defined]
-    size: int = dial_.client.call.stream.schedule.urgent_size
-    return size

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import attrs
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from clusterproxy.tunnel.budget import FLOOR, MIN_PROGRESS, Budget, Guard, StallClock
@@ -120,11 +121,11 @@ def test_many_queues_get_less_each() -> None:
     for source in sources[:2]:
         source.queue.queued = 800 * KIB
         source.update()
-    assert budget.limit == 448 * KIB
     sources[2].queue.queued = 400 * KIB
     sources[2].update()
-    assert [source.guard.over for source in sources] == [False, False, True]
+    assert [source.guard.over for source in sources] == [False, True, True]
     # The last one is over because of the others, and goes on when they are done.
+    assert budget.limit == FLOOR
     for source in sources[:2]:
         source.queue.queued = 0
         source.update()

@@ -30,6 +30,7 @@ func run() error {
 	gateFile := flag.String("gate", "", "JSON list of the rows that decide (default: rows.json of this module)")
 	all := flag.Bool("all", false, "run every row, also those that do not decide")
 	pairings := flag.String("pairings", "", "comma list of pairings SERVER/AGENT (default: our/our,our/go,go/our,go/go)")
+	binding := flag.Bool("binding", false, "leave out what cannot fail for us: the Go programs' own results")
 	workers := flag.Int("workers", 2, "rows at once")
 	repeat := flag.Int("repeat", 1, "run each row so many times; the worst result counts")
 	jsonFile := flag.String("json", "", "write the matrix to this file")
@@ -66,7 +67,7 @@ func run() error {
 		return suite.RunInterop(*interop, os.Stdout)
 	}
 
-	sel := suite.Selection{Workers: *workers, Repeat: *repeat, Pairings: suite.Pairings}
+	sel := suite.Selection{Workers: *workers, Repeat: *repeat, Binding: *binding, Pairings: suite.Pairings}
 	if *pairings != "" {
 		sel.Pairings = nil
 		for name := range strings.SplitSeq(*pairings, ",") {

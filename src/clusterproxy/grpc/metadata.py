@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from clusterproxy.errors import ProtocolError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
 
 #: Header names are lower case; several values under one name keep their order.
 Metadata = dict[str, list[str | bytes]]
@@ -96,6 +98,7 @@ def parse_timeout(value: bytes) -> float:
 
 def format_timeout(seconds: float) -> bytes:
     """Format seconds as ``grpc-timeout``, rounded up to the finest unit that fits eight digits."""
+    seconds = min(seconds, 3600.0 * 10**8)
     for unit, factor in ((b"n", 1e9), (b"u", 1e6), (b"m", 1e3), (b"S", 1.0), (b"M", 1 / 60)):
         amount = max(0, -int(-seconds * factor // 1))
         if amount < 10**8:

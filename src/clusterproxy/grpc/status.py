@@ -86,7 +86,7 @@ def encode_message(message: str) -> bytes:
     last = len(raw) - 1
     return b"".join(
         bytes((byte,))
-        if 0x20 < byte <= 0x7E and byte != 0x25 or (byte == 0x20 and 0 < place < last)
+        if (0x20 < byte <= 0x7E and byte != 0x25) or (byte == 0x20 and 0 < place < last)
         else b"%%%02X" % byte
         for place, byte in enumerate(raw)
     )

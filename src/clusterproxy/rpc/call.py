@@ -7,6 +7,7 @@ sending never waits. Tasks that belong to a call live in its nursery.
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ def _refuse_early(*_: object) -> None:
     raise RPCError(Status.INTERNAL, "message before the call was accepted")
 
 
-class Call:
+class Call(ABC):
     """One gRPC call: a stream of messages each way.
 
     Attributes:
@@ -136,6 +137,6 @@ class Call:
         _log.exception(what)
         self.abort(Status.INTERNAL, "internal error")
 
+    @abstractmethod
     def abort(self, status: Status, message: str) -> None:
         """End the call because of what the peer sent."""
-        raise NotImplementedError

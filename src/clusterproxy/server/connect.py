@@ -309,6 +309,7 @@ class ConnectConnection(Connection):
             self.note_queue()
 
     def closed_by_agent(self, error: str) -> None:  # noqa: ARG002
+        self.closing = True  # the agent need not be asked to close what it has closed
         self._tunnel.over()
 
     def give_up(self) -> None:

@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Never
 
@@ -18,6 +17,7 @@ from .stream import Transport, tune
 
 if TYPE_CHECKING:
     import ssl
+    from collections.abc import Awaitable, Callable
 
 _log = logging.getLogger("clusterproxy.transport")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
@@ -11,6 +10,8 @@ import trio
 from .outbox import current_outbox
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from .stream import Buffer, Transport
 
 # One write takes at most so much of the queue.

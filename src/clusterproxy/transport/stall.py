@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import trio
 
 from clusterproxy.tunnel.budget import Guard, StallClock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 async def watch_stall(guard: Guard, timeout_s: float, give_up: Callable[[], None]) -> None:

@@ -11,11 +11,13 @@ import errno
 import socket
 import ssl
 import threading
-from collections.abc import Sequence
 from contextlib import suppress
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import trio
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Buffer = bytes | bytearray | memoryview
 
@@ -256,7 +258,7 @@ class Transport:
                 tls.write(data[start : start + _SLICE])
                 records.append(out.read())
         except ssl.SSLError as error:
-            raise trio.BrokenResourceError(f"TLS: {error.reason or error}") from error
+            raise self._broken(error) from error
         return self._send_parts(records)
 
     def _send_parts(self, parts: Sequence[Buffer]) -> bool:
@@ -321,6 +323,8 @@ class Transport:
     def _broken(self, error: OSError) -> trio.BrokenResourceError | trio.ClosedResourceError:
         if self._closed:
             return trio.ClosedResourceError("closed by another task")
+        if isinstance(error, ssl.SSLError):
+            return trio.BrokenResourceError(f"TLS: {error.reason or error}")
         if error.errno in _GONE:
             return trio.BrokenResourceError(str(error.strerror))
         return trio.BrokenResourceError(str(error))

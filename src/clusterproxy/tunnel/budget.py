@@ -9,8 +9,10 @@ share it, or close that one connection. :class:`Guard` does the first while ther
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 #: However little is left in all, a connection may always have so much.
 FLOOR: Final = 64 * 1024

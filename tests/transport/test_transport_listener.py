@@ -1,0 +1,410 @@
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import stat
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+import trio.testing
+from transport_pairs import (
+    NAME,
+    client_tls,
+    no_leak,
+    server_tls,
+    socket_pair,
+)
+
+from clusterproxy.errors import ConfigError
+from clusterproxy.transport.listener import Handshakes, accept_forever, listen_tcp, listen_unix
+from clusterproxy.transport.stream import Transport
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+    from trio.testing import MockClock
+
+
+def connect(address: object, family: socket.AddressFamily = socket.AF_INET) -> socket.socket:
+    sock = socket.socket(family)
+    sock.connect(address)  # type: ignore[arg-type]
+    return sock
+
+
+# -- TCP -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("host", "family"), [("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)])
+def test_listen_on_an_address(host: str, family: socket.AddressFamily) -> None:
+    with listen_tcp(host, 0, "server-port") as listener:
+        assert listener.family == family
+        assert not listener.getblocking()
+        with connect(listener.getsockname(), family):
+            listener.accept()[0].close()
+
+
+def test_listen_on_a_name() -> None:
+    with listen_tcp("localhost", 0, "server-port") as listener:
+        assert listener.getsockname()[0] in ("127.0.0.1", "::1")
+
+
+def test_no_host_is_all_addresses() -> None:
+    with listen_tcp("", 0, "server-port") as listener:
+        port = listener.getsockname()[1]
+        for host, family in (("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)):
+            with connect((host, port), family):
+                listener.accept()[0].close()
+
+
+def test_no_host_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = socket.socket
+
+    def without_ipv6(family: int, *args: int) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+        return whole(family, *args)
+
+    monkeypatch.setattr(socket, "socket", without_ipv6)
+    with listen_tcp("", 0, "server-port") as listener:
+        assert listener.getsockname()[0] == "0.0.0.0"
+
+
+@pytest.mark.parametrize("host", ["", "127.0.0.1", "::1"])
+def test_a_port_that_is_taken(host: str) -> None:
+    with no_leak(), listen_tcp(host, 0, "first") as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(ConfigError) as caught:
+            listen_tcp(host, port, "health-port")
+    shown = f"[{host}]" if ":" in host else host
+    assert caught.value.field == "health-port"
+    assert caught.value.message == (
+        f"--health-port: cannot listen on tcp {shown}:{port}: Address already in use"
+    )
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "reason"),
+    [
+        ("256.1.1.1", 0, "Name or service not known"),
+        ("a" * 64 + ".example", 0, "too long"),
+        ("", 65536, "port must be 0-65535"),
+        ("192.0.2.1", 0, "Cannot assign requested address"),
+    ],
+)
+def test_addresses_that_cannot_be_used(host: str, port: int, reason: str) -> None:
+    with no_leak(), pytest.raises(ConfigError) as caught:
+        listen_tcp(host, port, "server-port")
+    assert caught.value.field == "server-port"
+    assert f"--server-port: cannot listen on tcp {host}:{port}: " in caught.value.message
+    assert reason in caught.value.message
+
+
+# -- Unix ------------------------------------------------------------------------------------------
+
+
+def test_a_unix_socket_is_for_its_owner_and_group(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    before = os.umask(0o022)
+    try:
+        with listen_unix(str(path), delete_existing=True) as listener:
+            assert not listener.getblocking()
+            # As upstream's umask of 0007 gives it.
+            assert stat.S_IMODE(path.stat().st_mode) == 0o770
+            with connect(str(path), socket.AF_UNIX):
+                listener.accept()[0].close()
+        assert os.umask(0o022) == 0o022
+    finally:
+        os.umask(before)
+
+
+def test_an_existing_socket_is_replaced_if_that_is_wanted(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with no_leak():
+        listen_unix(path, delete_existing=False).close()
+        with pytest.raises(ConfigError) as caught:
+            listen_unix(path, delete_existing=False)
+        assert caught.value.field == "uds-name"
+        assert caught.value.message == (
+            f"--uds-name: cannot listen on unix {path}: Address already in use"
+        )
+        with listen_unix(path, delete_existing=True), connect(path, socket.AF_UNIX):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("", "Is a directory"),
+        ("missing/socket", "No such file or directory"),
+        ("x" * 200, "AF_UNIX path too long"),
+    ],
+)
+def test_paths_that_cannot_be_used(tmp_path: Path, name: str, reason: str) -> None:
+    with no_leak(), pytest.raises(ConfigError, match=reason) as caught:
+        listen_unix(str(tmp_path / name), delete_existing=True)
+    assert caught.value.field == "uds-name"
+
+
+# -- accepting -------------------------------------------------------------------------------------
+
+
+class FailingListener(socket.socket):
+    """Fails so often before it accepts."""
+
+    failures: list[int]
+
+    def accept(self) -> tuple[socket.socket, object]:
+        if self.failures:
+            number = self.failures.pop(0)
+            raise OSError(number, os.strerror(number))
+        return super().accept()
+
+
+def failing_listener(path: Path, *failures: int) -> FailingListener:
+    listener = FailingListener(fileno=listen_unix(str(path), delete_existing=True).detach())
+    listener.setblocking(False)
+    listener.failures = list(failures)
+    return listener
+
+
+class Accepting:
+    """A listener whose connections are kept open until they are told to end."""
+
+    def __init__(self, path: Path, listener: socket.socket | None = None) -> None:
+        self.path = str(path)
+        self.listener = listener or listen_unix(self.path, delete_existing=True)
+        self.served: list[socket.socket] = []
+        self.some = trio.Event()
+        self.end = trio.Event()
+
+    async def serve(self, sock: socket.socket) -> None:
+        self.served.append(sock)
+        self.some.set()
+        await self.end.wait()
+
+    async def run(
+        self,
+        connections: trio.Nursery,
+        task_status: trio.TaskStatus[trio.CancelScope] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        with trio.CancelScope() as scope:
+            task_status.started(scope)
+            await accept_forever(self.listener, self.serve, connections)
+
+    def connect(self) -> socket.socket:
+        return connect(self.path, socket.AF_UNIX)
+
+
+async def test_what_was_accepted_goes_on_when_accepting_ends(tmp_path: Path) -> None:
+    with no_leak():
+        accepting = Accepting(tmp_path / "socket")
+        async with trio.open_nursery() as connections:
+            scope = await connections.start(accepting.run, connections)
+            # More than one batch.
+            clients = [accepting.connect() for _ in range(50)]
+            await trio.testing.wait_all_tasks_blocked()
+            assert len(accepting.served) == 50
+            assert not any(sock.getblocking() for sock in accepting.served)
+            scope.cancel()
+            await trio.testing.wait_all_tasks_blocked()
+            assert accepting.listener.fileno() == -1
+            for client in clients:
+                client.send(b"x")
+            assert {sock.recv(1) for sock in accepting.served} == {b"x"}
+            accepting.end.set()
+        # However serving ends, the socket is closed.
+        assert {sock.fileno() for sock in accepting.served} == {-1}
+        for client in clients:
+            client.close()
+
+
+async def test_without_descriptors_it_waits_and_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
+    path = tmp_path / "socket"
+    listener = failing_listener(path, errno.EMFILE, errno.ENFILE, errno.ECONNABORTED)
+    accepting = Accepting(path, listener)
+    start = trio.current_time()
+    async with trio.open_nursery() as connections:
+        scope = await connections.start(accepting.run, connections)
+        client = accepting.connect()
+        await accepting.some.wait()
+        # Of these only a lack of descriptors is waited for.
+        assert trio.current_time() - start == pytest.approx(0.2)
+        scope.cancel()
+        accepting.end.set()
+    client.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "cannot accept: Too many open files",
+        "cannot accept: Too many open files in system",
+    ]
+
+
+async def test_a_bug_ends_one_connection(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    accepting = Accepting(tmp_path / "socket")
+    served: list[socket.socket] = []
+
+    async def serve(sock: socket.socket) -> None:
+        served.append(sock)
+        raise ValueError(len(served))
+
+    accepting.serve = serve  # type: ignore[method-assign]
+    async with trio.open_nursery() as connections:
+        scope = await connections.start(accepting.run, connections)
+        for _ in range(2):
+            with accepting.connect():
+                await trio.testing.wait_all_tasks_blocked()
+        scope.cancel()
+    assert [sock.fileno() for sock in served] == [-1, -1]
+    assert [record.getMessage() for record in caplog.records] == [
+        "bug while serving a connection"
+    ] * 2
+
+
+# -- handshakes ------------------------------------------------------------------------------------
+
+
+class Handshaking:
+    """Handshakes of a server, and what they tell."""
+
+    def __init__(self, limit: int = 10) -> None:
+        self.counts: list[int] = []
+        self.failures: list[str] = []
+        self.results: list[Transport | None] = []
+        self.handshakes = Handshakes(limit, self.counts.append, self.failures.append)
+        self.context: ssl.SSLContext | None = server_tls()
+
+    async def shake(self, sock: socket.socket) -> None:
+        self.results.append(await self.handshakes.shake(sock, self.context))
+
+
+async def shake_client(sock: socket.socket) -> Transport:
+    client = Transport(sock, client_tls(), server_hostname=NAME)
+    await client.handshake()
+    return client
+
+
+async def test_a_handshake() -> None:
+    shaking = Handshaking()
+    a, b = socket_pair()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(shaking.shake, a)
+        client = await shake_client(b)
+    (transport,) = shaking.results
+    assert transport is not None
+    transport.send([b"hello"])
+    assert bytes(await client.receive()) == b"hello"
+    assert (shaking.counts, shaking.failures) == ([1, 0], [])
+    transport.close()
+    client.close()
+
+
+async def test_there_is_none_without_tls() -> None:
+    shaking = Handshaking()
+    shaking.context = None
+    a, b = socket_pair()
+    await shaking.shake(a)
+    (transport,) = shaking.results
+    assert transport is not None
+    assert (transport.tls, shaking.counts, shaking.failures) == (None, [], [])
+    transport.close()
+    b.close()
+
+
+def speak_plain(sock: socket.socket) -> None:
+    sock.send(b"GET / HTTP/1.1\r\n\r\n")
+
+
+def say_nothing(_sock: socket.socket) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("client", "reason", "log", "seconds"),
+    [
+        (socket.socket.close, "closed", [], 0),
+        (speak_plain, "tls", ["TLS handshake failed: HTTP_REQUEST"], 0),
+        (say_nothing, "timeout", [], 20),
+    ],
+)
+async def test_handshakes_that_fail(
+    client: Callable[[socket.socket], None],
+    reason: str,
+    log: list[str],
+    seconds: float,
+    caplog: pytest.LogCaptureFixture,
+    autojump_clock: MockClock,
+) -> None:
+    caplog.set_level(logging.INFO)
+    start = trio.current_time()
+    shaking = Handshaking()
+    with no_leak():
+        a, b = socket_pair()
+        client(b)
+        await shaking.shake(a)
+        b.close()
+    assert shaking.results == [None]
+    assert (shaking.counts, shaking.failures) == ([1, 0], [reason])
+    assert trio.current_time() - start == pytest.approx(seconds)
+    assert [record.getMessage() for record in caplog.records] == log
+
+
+async def test_the_oldest_makes_room_for_the_next() -> None:
+    with no_leak():
+        shaking = Handshaking(limit=2)
+        pairs = [socket_pair() for _ in range(3)]
+        async with trio.open_nursery() as nursery:
+            for a, _ in pairs:
+                nursery.start_soon(shaking.shake, a)
+                await trio.testing.wait_all_tasks_blocked()
+            assert shaking.results == [None]
+            assert shaking.failures == ["displaced"]
+            assert max(shaking.counts) == 2
+            # The first one is closed, the others are served.
+            assert pairs[0][1].recv(1) == b""
+            clients = [await shake_client(b) for _, b in pairs[1:]]
+        assert shaking.counts[-1] == 0
+        for end in (*shaking.results[1:], *clients):
+            assert end is not None
+            end.close()
+        pairs[0][1].close()
+
+
+async def test_one_that_is_displaced_as_it_ends() -> None:
+    """Finished in the same step in which its place was given away."""
+    shaking = Handshaking(limit=1)
+    a, b = socket_pair()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(shaking.shake, a)
+        client = await shake_client(b)
+        other, mute = socket_pair()
+        # The server's task has all it needs, and has not run yet.
+        shaking_other = shaking.handshakes.shake(other, shaking.context)
+        await cancelled(shaking_other)
+        mute.close()
+    assert shaking.results == [None]
+    assert shaking.failures == ["displaced"]
+    client.close()
+
+
+async def cancelled(attempt: Awaitable[object]) -> None:
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await attempt
+
+
+async def test_cancellation_closes_the_socket() -> None:
+    with no_leak():
+        shaking = Handshaking()
+        a, b = socket_pair()
+        await cancelled(shaking.handshakes.shake(a, shaking.context))
+        assert b.recv(1) == b""
+        assert (shaking.counts, shaking.failures) == ([1, 0], [])
+        b.close()

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import trio
+
+from clusterproxy.transport.outbox import Outbox, current_outbox
+
+
+class Writer:
+    def __init__(self, outbox: Outbox, then: Writer | None = None) -> None:
+        self.outbox = outbox
+        self.then = then
+        self.flushes = 0
+
+    def flush(self) -> None:
+        self.flushes += 1
+        if self.then is not None:
+            self.outbox.post(self.then)
+
+
+def test_outside_of_a_batch_a_post_is_written_at_once() -> None:
+    outbox = Outbox()
+    writer = Writer(outbox)
+    outbox.post(writer)
+    outbox.post(writer)
+    assert writer.flushes == 2
+
+
+def test_a_batch_is_written_once_at_its_end() -> None:
+    outbox = Outbox()
+    last = Writer(outbox)
+    # What a flush makes others write goes out in the same batch.
+    first = Writer(outbox, then=last)
+    with outbox:
+        outbox.post(first)
+        with outbox:
+            outbox.post(first)
+        assert first.flushes == 0
+    assert (first.flushes, last.flushes) == (1, 1)
+    outbox.post(last)
+    assert last.flushes == 2
+
+
+def test_each_event_loop_has_its_own() -> None:
+    async def main() -> Outbox:
+        outboxes: set[Outbox] = set()
+
+        async def task() -> None:
+            outboxes.add(current_outbox())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(task)
+            nursery.start_soon(task)
+        (outbox,) = outboxes
+        assert current_outbox() is outbox
+        return outbox
+
+    assert trio.run(main) is not trio.run(main)
