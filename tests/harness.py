@@ -429,6 +429,12 @@ class Services:
         self.opened.append(stream)
         return stream
 
+    def close(self) -> None:
+        for service in self.opened:
+            service.socket.close()
+        for sock in self._sockets.values():
+            sock.close()
+
     async def dial(
         self, network: str, address: str, *, timeout_s: float, resolver: Resolver
     ) -> socket.socket:
@@ -491,7 +497,7 @@ async def session(*, window: int = WINDOW, **config: Any) -> AsyncGenerator[Agen
     servers = ScriptedServers(greeting(), window=window)
     services = Services()
     ours, theirs = socket_pair()
-    with patch("clusterproxy.agent.session.dial", services.dial):
+    with contextlib.closing(services), patch("clusterproxy.agent.session.dial", services.dial):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(servers.rpc.serve, Transport(theirs))
             connection = Http2Connection(Transport(ours), client=True, limits=Http2Limits())
@@ -520,5 +526,3 @@ async def session(*, window: int = WINDOW, **config: Any) -> AsyncGenerator[Agen
             await settle()
             world.check_idle()
             nursery.cancel_scope.cancel()
-    for service in services.opened:
-        await trio.aclose_forcefully(service)

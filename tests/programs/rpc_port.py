@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,6 +29,7 @@ from clusterproxy.transport.stream import Transport, tune
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from clusterproxy.http2.stream import Header, Stream
 
@@ -97,11 +97,14 @@ class Conversation:
 
     def __init__(self, call: ServerCall) -> None:
         self.call = call
-        self._flow = Flow(lambda _size: self._room.unpark_all())
+        self._flow = Flow(self._drained)
         self._room = trio.lowlevel.ParkingLot()
         self._put, self._taken = trio.open_memory_channel[bytes](math.inf)
         call.receive = self._receive
         call.on_half_close = self._put.close
+
+    def _drained(self, _size: int) -> None:
+        self._room.unpark_all()
 
     def _receive(self, size: int, head: memoryview, rest: tuple[memoryview, ...]) -> None:
         self.call.stream.hold(size)

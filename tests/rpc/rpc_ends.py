@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 import h2.events
@@ -20,6 +19,9 @@ from clusterproxy.http2.limits import Http2Limits
 from clusterproxy.rpc.channel import ClientCall, start_call
 from clusterproxy.rpc.server import Opener, RpcServer, ServerCall
 from clusterproxy.transport.stream import Transport
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 PATH: Final = "/test.Service/Echo"
 LIMITS: Final = Http2Limits(max_streams=100)

@@ -63,7 +63,9 @@ async def test_half_close_waits_for_what_is_queued() -> None:
         answer = await peer.answer(request.stream_id)
         assert answer.ended
         assert answer.data == message(b"x" * 50_000) * 4
-        peer.h2.send_headers(request.stream_id, [*RESPONSE, (b"grpc-status", b"0")], end_stream=True)
+        peer.h2.send_headers(
+            request.stream_id, [*RESPONSE, (b"grpc-status", b"0")], end_stream=True
+        )
         peer.flush()
         await call.ended.wait()
         assert call.status is Status.OK
@@ -112,7 +114,9 @@ async def test_cancel() -> None:
         assert not ends.connection.streams
 
 
-async def answered(*headers: list[tuple[bytes, bytes]], data: bytes = b"", end: bool = True) -> RPCError:
+async def answered(
+    *headers: list[tuple[bytes, bytes]], data: bytes = b"", end: bool = True
+) -> RPCError:
     """Let a plain h2 server answer with headers, *data*, other headers; return how the call ended."""
     async with raw_server() as (peer, ends):
         call = ends.call()
@@ -151,7 +155,7 @@ def ended(headers: Headers = (), **fields: bytes | None) -> list[tuple[bytes, by
         (
             ended(RESPONSE, status=b"503", content_type=b"text/html"),
             Status.UNAVAILABLE,
-            "unexpected HTTP status code received from server: 503; content-type \"text/html\"",
+            'unexpected HTTP status code received from server: 503; content-type "text/html"',
         ),
         (
             ended(RESPONSE, content_type=None),
@@ -208,7 +212,12 @@ async def test_a_message_that_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("code", "status"),
-    [(0, Status.INTERNAL), (7, Status.UNAVAILABLE), (8, Status.CANCELLED), (0xB, Status.RESOURCE_EXHAUSTED)],
+    [
+        (0, Status.INTERNAL),
+        (7, Status.UNAVAILABLE),
+        (8, Status.CANCELLED),
+        (0xB, Status.RESOURCE_EXHAUSTED),
+    ],
 )
 async def test_a_reset(code: int, status: Status) -> None:
     async with raw_server() as (peer, ends):
@@ -273,7 +282,7 @@ async def test_tasks_end_with_the_call() -> None:
         async with trio.open_nursery() as nursery:
             call.start_soon(work, "too late")
             call.attach(nursery)
-            await trio.sleep_forever()
+            nursery.start_soon(trio.sleep_forever)
         assert len(cancelled) == 2
 
 
@@ -284,9 +293,7 @@ async def test_a_call_ends_once() -> None:
         call.half_close()
         call.on_close = lambda _status, _text: ends.connection.fail("enough")
         request = await peer.wait_for(h2.events.RequestReceived)
-        peer.h2.send_headers(
-            request.stream_id, ended(RESPONSE, grpc_status=b"0"), end_stream=True
-        )
+        peer.h2.send_headers(request.stream_id, ended(RESPONSE, grpc_status=b"0"), end_stream=True)
         peer.flush()
         await call.ended.wait()
         while ends.connection.streams:

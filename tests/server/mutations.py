@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from struct import Struct
 from typing import TYPE_CHECKING, Final
@@ -140,7 +141,7 @@ def _cut(rng: random.Random, data: bytes) -> list[bytes]:
     """Cut anywhere, within frames, too."""
     cuts = sorted(rng.randrange(len(data) + 1) for _ in range(rng.randrange(8)))
     edges = [0, *cuts, len(data)]
-    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False) if b > a]
+    return [data[a:b] for a, b in itertools.pairwise(edges) if b > a]
 
 
 def _mutate_bytes(rng: random.Random, data: bytearray) -> None:
@@ -184,7 +185,11 @@ def _mutate_payload(rng: random.Random, frames: list[bytes], _: Sequence[Session
 
 def _mutate_packet(rng: random.Random, frames: list[bytes], _: Sequence[Session]) -> None:
     """Change bytes of a gRPC message; the lengths around it stay true."""
-    places = [place for place, frame in enumerate(frames) if frame[3:4] == b"\x00" and frame[9:10] == b"\x00"]
+    places = [
+        place
+        for place, frame in enumerate(frames)
+        if frame[3:4] == b"\x00" and frame[9:10] == b"\x00"
+    ]
     if not places:
         return
     place = rng.choice(places)
@@ -208,7 +213,9 @@ def _mutate_header(rng: random.Random, frames: list[bytes], _: Sequence[Session]
         case 2:
             frame[head + 5 : head + 9] = rng.choice((*_NUMBERS, 3, 5, 7)).to_bytes(4, "big")
         case _:
-            frame[head : head + 3] = rng.choice((0, 1, 4, 8, 9, 0x4000, 0xFFFFFF)).to_bytes(3, "big")
+            frame[head : head + 3] = rng.choice((0, 1, 4, 8, 9, 0x4000, 0xFFFFFF)).to_bytes(
+                3, "big"
+            )
     frames[place] = bytes(frame)
 
 
@@ -243,7 +250,9 @@ def _invent(rng: random.Random, frames: list[bytes], _: Sequence[Session]) -> No
     kind, flags = rng.choice((*range(10), 0x42)), rng.choice((0, 1, 4, 5, 8, 0x20, 0xFF))
     stream_id = rng.choice((0, 1, 1, 1, 2, 3, 0x7FFFFFFF))
     number = rng.choice(_NUMBERS).to_bytes(4, "big")
-    payload = rng.choice((b"", number, number * 2, b"\x00\x04" + number, b"\x00\x05" + number, rng.randbytes(17)))
+    payload = rng.choice(
+        (b"", number, number * 2, b"\x00\x04" + number, b"\x00\x05" + number, rng.randbytes(17))
+    )
     header = _frame.pack(len(payload) >> 8, len(payload) & 255, kind, flags, stream_id)
     frames.insert(rng.randrange(1, len(frames) + 1), header + payload)
 

@@ -29,7 +29,7 @@ class Status(IntEnum):
     UNAUTHENTICATED = 16
 
     @classmethod
-    def _missing_(cls, _value: object) -> Status:
+    def _missing_(cls, value: object) -> Status:
         # A peer may send any number.
         return cls.UNKNOWN
 

@@ -11,14 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-import trio
-
 from clusterproxy.errors import RPCError
 from clusterproxy.grpc import PREFIX_SIZE, FramingError, MessageAssembler, Status, prefix
-from clusterproxy.http2.flow import Buffer, Flow
 
 if TYPE_CHECKING:
+    import trio
+
     from clusterproxy.http2.connection import Http2Connection
+    from clusterproxy.http2.flow import Buffer, Flow
     from clusterproxy.http2.stream import Stream
 
 _log = logging.getLogger("clusterproxy.rpc")
@@ -58,6 +58,10 @@ class Call(ABC):
         """The stream that carries the call."""
         assert self._stream is not None  # noqa: S101  set before anybody gets the call
         return self._stream
+
+    def bind(self, stream: Stream) -> None:
+        """Set the stream that carries the call, once."""
+        self._stream = stream
 
     def _dispatch(self, size: int, head: memoryview, rest: tuple[memoryview, ...]) -> None:
         # One batch may bring several messages, and any of them may end the call.

@@ -161,5 +161,5 @@ def start_call(
     if timeout_s is not None:
         headers.append((b"grpc-timeout", format_timeout(timeout_s)))
     call = ClientCall(connection)
-    call._stream = connection.open_stream(headers + encode_headers(metadata), call)  # noqa: SLF001
+    call.bind(connection.open_stream(headers + encode_headers(metadata), call))
     return call

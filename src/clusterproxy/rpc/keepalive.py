@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import TYPE_CHECKING, Final, Never
 
 import trio
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from clusterproxy.http2.connection import Http2Connection
 
 #: grpc-go's default for the answer to a keepalive PING.

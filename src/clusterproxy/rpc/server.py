@@ -140,9 +140,7 @@ class ServerCall(Call):
             headers = [(b":status", b"200"), (b"content-type", _CONTENT_TYPE)]
         self._end(headers, status, message, trailers or {})
 
-    def _end(
-        self, headers: list[Header], status: Status, message: str, trailers: Metadata
-    ) -> None:
+    def _end(self, headers: list[Header], status: Status, message: str, trailers: Metadata) -> None:
         headers += [(b"grpc-status", b"%d" % status), (b"grpc-message", encode_message(message))]
         headers += encode_headers(trailers)
         stream = self.stream
@@ -208,7 +206,7 @@ class RpcServer:
 
         Cancellation: closes it at once.
         """
-        connection = Http2Connection(
+        connection: Http2Connection = Http2Connection(
             transport,
             client=False,
             limits=self._limits,

@@ -368,6 +368,9 @@ class FrontendConnection(Connection):
 
 def _renumber(number: int, size: int, head: Buffer, payload: int) -> tuple[bytes, int]:
     """Return the head and size of a DATA message under another connectID."""
+    if size == payload:
+        message, _ = data_message(number, b"")
+        return message, len(message)
     new_head = data_head(number, size - payload)
     return new_head + memoryview(head)[payload:], len(new_head) + size - payload
 

@@ -119,7 +119,8 @@ class ByteSink:
                     self._took(waiting - transport.unsent)
                 if not self._queue:
                     break
-                chunk, size = [], 0
+                chunk: list[Buffer] = []
+                size = 0
                 while self._queue and size < _CHUNK:
                     part = self._queue.popleft()
                     chunk.append(part)

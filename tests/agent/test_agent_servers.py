@@ -1,0 +1,328 @@
+"""Which servers an agent keeps sessions to: rows A11 and A15 to A18 of the conformance list."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+from typing import TYPE_CHECKING
+
+import attrs
+import pytest
+import trio
+from harness import agent_state, settle, value, values
+
+from clusterproxy.agent.servers import Servers
+from clusterproxy.agent.session import HandshakeError
+from clusterproxy.grpc import Status
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from trio.testing import MockClock
+
+    from clusterproxy.agent.state import AgentState
+
+
+@attrs.define(eq=False)
+class FakeCall:
+    message: str = ""
+    status: Status = Status.UNAVAILABLE
+
+
+@attrs.define(eq=False)
+class FakeSession:
+    server_id: str
+    server_count: int
+    busy: bool = False
+    drained: int = 0
+    call: FakeCall = attrs.field(factory=FakeCall)
+    over: trio.Event = attrs.field(factory=trio.Event)
+    failure: Exception | None = None
+
+    async def run(self) -> None:
+        await self.over.wait()
+        if self.failure is not None:
+            raise self.failure
+
+    def drain(self) -> None:
+        self.drained += 1
+
+
+class FakeDialer:
+    """Opens sessions to what is in *plan*, by address and in turn; the last entry is kept."""
+
+    def __init__(self, plan: dict[str, list[str | Exception]], count: int = 1) -> None:
+        self.plan = plan
+        self.count = count
+        self.attempts: list[tuple[float, str]] = []
+        self.opened: list[FakeSession] = []
+        self.closed: list[str] = []
+
+    @contextlib.asynccontextmanager
+    async def open_session(self, host: str, _port: int) -> AsyncGenerator[FakeSession]:
+        await trio.lowlevel.checkpoint()
+        self.attempts.append((round(trio.current_time(), 3), host))
+        answers = self.plan[host]
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        session = FakeSession(answer, self.count)
+        self.opened.append(session)
+        try:
+            yield session
+        finally:
+            self.closed.append(answer)
+
+    @property
+    def times(self) -> list[float]:
+        return [time for time, _ in self.attempts]
+
+
+@pytest.fixture(autouse=True)
+def _no_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "random", lambda: 0.0)
+
+
+@contextlib.asynccontextmanager
+async def syncing(
+    plan: dict[str, list[str | Exception]], count: int = 1, **config: object
+) -> AsyncGenerator[tuple[AgentState, FakeDialer, Servers]]:
+    hosts = ",".join(plan)
+    state = agent_state(proxy_server_host=hosts, **config)
+    dialer = FakeDialer(plan, count)
+    servers = Servers(state, dialer)  # type: ignore[arg-type]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(servers.sync)
+        await settle()
+        yield state, dialer, servers
+        nursery.cancel_scope.cancel()
+    assert len(dialer.closed) == len(dialer.opened)
+    assert not servers.sessions
+
+
+def refused() -> Exception:
+    return OSError("dial tcp lb:8091: connect: connection refused")
+
+
+async def test_one_server(autojump_clock: MockClock) -> None:
+    async with syncing({"lb": ["A"]}) as (state, dialer, servers):
+        assert servers.connected
+        assert value(state.metrics.open_server_connections) == 1
+        assert value(state.metrics.known_server_count) == 1
+        await trio.sleep(60)
+        assert len(dialer.attempts) == 1
+
+
+async def test_gauge_before_the_first_connection(autojump_clock: MockClock) -> None:
+    async with syncing({"lb": [refused()]}) as (state, _, servers):
+        assert not state.metrics.open_server_connections.children
+        assert not servers.connected
+
+
+async def test_backoff(autojump_clock: MockClock) -> None:
+    async with syncing({"lb": [refused()]}) as (state, dialer, _):
+        await trio.sleep(60)
+        pauses = [b - a for a, b in zip(dialer.times, dialer.times[1:], strict=False)]
+        expected = [1, 1.5, 2.25, 3.375, 5.0625, 7.59375, 10, 10, 10]
+        assert pauses[: len(expected)] == pytest.approx(expected, abs=0.01)
+        failures = values(state.metrics.server_connection_failure_count)
+        assert failures == {"to_server": len(dialer.attempts)}
+
+
+async def test_backoff_begins_anew(autojump_clock: MockClock) -> None:
+    async with syncing(
+        {"lb": [refused(), refused(), refused(), "A", refused(), refused()]}
+    ) as (_, dialer, servers):
+        await trio.sleep(6)
+        (session,) = servers.sessions.values()
+        session.over.set()  # type: ignore[attr-defined]
+        await trio.sleep(4)
+        pauses = [b - a for a, b in zip(dialer.times, dialer.times[1:], strict=False)]
+        assert pauses[:3] == pytest.approx([1, 1.5, 2.25], abs=0.01)
+        assert pauses[4:6] == pytest.approx([1, 1.5], abs=0.01)
+
+
+async def test_jitter(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "random", lambda: 1.0)
+    async with syncing({"lb": [refused()]}) as (_, dialer, __):
+        await trio.sleep(3)
+        assert dialer.times[:3] == pytest.approx([0, 1.1, 2.75], abs=0.01)
+
+
+async def test_servers_behind_a_load_balancer(autojump_clock: MockClock) -> None:
+    answers: list[str | Exception] = ["A", "A", "B", "A", "B", "C"]
+    async with syncing({"lb": answers}, count=3) as (state, dialer, servers):
+        await trio.sleep(30)
+        assert set(servers.sessions) == {"A", "B", "C"}
+        assert dialer.times == pytest.approx([0, 1, 2, 3, 4, 5])
+        # The duplicates are closed at once, and are no failures.
+        assert dialer.closed == ["A", "A", "B"]
+        assert not values(state.metrics.server_connection_failure_count)
+        assert value(state.metrics.open_server_connections) == 3
+        assert value(state.metrics.known_server_count) == 3
+
+
+async def test_a_session_ends(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with syncing({"lb": ["A"]}) as (state, dialer, servers):
+        dialer.opened[0].call.message = "connection closed by the peer"
+        dialer.opened[0].over.set()
+        await settle()
+        assert not servers.connected
+        assert value(state.metrics.open_server_connections) == 0
+        await trio.sleep(1.5)
+        assert servers.connected
+        assert value(state.metrics.open_server_connections) == 1
+    assert "session ended: connection closed by the peer" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError("x"),
+        HandshakeError("expected one server count, got 0"),
+        trio.TooSlowError(),
+        trio.BrokenResourceError("x"),
+        trio.ClosedResourceError("x"),
+        ExceptionGroup("", [ExceptionGroup("", [OSError("x")])]),
+    ],
+)
+async def test_failures(
+    failure: Exception, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with syncing({"lb": [failure, "A"]}) as (state, _, servers):
+        assert not servers.connected
+        await trio.sleep(1.5)
+        assert servers.connected
+        assert values(state.metrics.server_connection_failure_count) == {"to_server": 1}
+    (record,) = [r for r in caplog.records if r.levelno == logging.WARNING and "cannot" in r.msg]
+    assert record.getMessage().startswith("cannot connect to server lb:8091")
+
+
+async def test_a_bug_ends_one_attempt(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with syncing({"lb": [ZeroDivisionError(), "A"]}) as (_, __, servers):
+        await trio.sleep(1.5)
+        assert servers.connected
+    assert "bug in a session" in caplog.text
+
+
+async def test_a_bug_ends_one_session(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with syncing({"lb": ["A"]}) as (_, dialer, servers):
+        dialer.opened[0].failure = ZeroDivisionError()
+        dialer.opened[0].over.set()
+        await trio.sleep(1.5)
+        assert servers.connected
+    assert "bug in a session" in caplog.text
+
+
+async def test_the_count_of_a_duplicate_does_not_count(autojump_clock: MockClock) -> None:
+    async with syncing({"lb": ["A"]}, count=2) as (state, dialer, servers):
+        dialer.count = 7
+        await trio.sleep(3)
+        assert value(state.metrics.known_server_count) == 2
+        assert len(servers.sessions) == 1
+
+
+@pytest.mark.parametrize("count", [0, -3])
+async def test_no_servers_are_one(count: int, autojump_clock: MockClock) -> None:
+    async with syncing({"lb": ["A"]}, count=count) as (state, dialer, _):
+        await trio.sleep(10)
+        assert value(state.metrics.known_server_count) == 1
+        assert len(dialer.attempts) == 1
+
+
+async def test_sync_forever(autojump_clock: MockClock) -> None:
+    answers: list[str | Exception] = ["A", "A", "A", "B"]
+    async with syncing({"lb": answers}, sync_forever=True) as (_, dialer, servers):
+        await trio.sleep(9.5)
+        assert len(dialer.attempts) == 10
+        assert set(servers.sessions) == {"A", "B"}
+
+
+async def test_several_addresses(autojump_clock: MockClock) -> None:
+    """Each is dialled whatever the count says; one that leads nowhere does not keep the others out."""
+    plan: dict[str, list[str | Exception]] = {"a": ["A"], "b": [refused()], "c": ["C"]}
+    async with syncing(plan) as (_, dialer, servers):
+        await trio.sleep(5)
+        assert set(servers.sessions) == {"A", "C"}
+        hosts = [host for _, host in dialer.attempts]
+        assert hosts[:3] == ["a", "b", "c"]
+        assert hosts.count("a") == hosts.count("c") == 1
+        assert hosts.count("b") > 1
+        dialer.plan["b"] = ["B"]
+        await trio.sleep(10)
+        assert set(servers.sessions) == {"A", "B", "C"}
+        before = len(dialer.attempts)
+        await trio.sleep(30)
+        assert len(dialer.attempts) == before
+        # The one that is lost is the one that is dialled.
+        dialer.opened[0].over.set()
+        await trio.sleep(3)
+        assert dialer.attempts[-1][1] == "a"
+        assert set(servers.sessions) == {"A", "B", "C"}
+
+
+async def test_two_addresses_of_one_server(autojump_clock: MockClock) -> None:
+    async with syncing({"a": ["A"], "b": ["A"]}) as (_, dialer, servers):
+        await trio.sleep(30)
+        assert set(servers.sessions) == {"A"}
+        assert len(dialer.attempts) == 2
+        dialer.opened[0].over.set()
+        await trio.sleep(3)
+        assert servers.connected
+
+
+# -- A11: drain ------------------------------------------------------------------------------------
+
+
+async def test_drain_of_an_idle_agent(autojump_clock: MockClock) -> None:
+    answers: list[str | Exception] = ["A", "B"]
+    async with syncing({"lb": answers}, count=3) as (_, dialer, servers):
+        await trio.sleep(1.5)
+        attempts = len(dialer.attempts)
+        begin = trio.current_time()
+        await servers.drain()
+        assert trio.current_time() - begin == pytest.approx(10, abs=0.1)
+        assert [session.drained for session in dialer.opened] == [1, 1]
+        # No new sessions, though there are more servers.
+        assert len(dialer.attempts) == attempts
+
+
+async def test_drain_waits_for_connections(autojump_clock: MockClock) -> None:
+    async with syncing({"lb": ["A"]}) as (state, dialer, servers):
+        dialer.opened[0].busy = True
+        begin = trio.current_time()
+        done = trio.Event()
+
+        async def drain() -> None:
+            await servers.drain()
+            done.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(drain)
+            await trio.sleep(100)
+            assert not done.is_set()
+            dialer.opened[0].busy = False
+            state.last_use = trio.current_time()
+            await trio.sleep(5)
+            # A dial that failed in between.
+            state.last_use = trio.current_time()
+            await done.wait()
+        assert trio.current_time() - begin == pytest.approx(115, abs=1.1)
+
+
+async def test_drain_tells_sessions_that_are_being_opened(autojump_clock: MockClock) -> None:
+    async with syncing({"lb": [refused(), "A"]}) as (_, dialer, servers):
+        servers.draining = True
+        await trio.sleep(5)
+        assert len(dialer.attempts) == 1
+    async with syncing({"lb": ["A"]}) as (_, dialer, servers):
+        servers.draining = True
+        servers._add(FakeSession("B", 1))  # type: ignore[arg-type]
+        assert servers.sessions.pop("B").drained == 1  # type: ignore[attr-defined]

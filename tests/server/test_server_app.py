@@ -1,0 +1,542 @@
+"""The server program in this process: its listeners, TLS, certificates, readiness and shutdown."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import ssl
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+import trustme
+from certificates import write_ca, write_pair
+from harness import CONNECT, GO, PROXY, ClientPeer, dial_ok, settle, value, values
+
+from clusterproxy.errors import ConfigError
+from clusterproxy.http2.connection import Http2Connection
+from clusterproxy.http2.limits import Http2Limits
+from clusterproxy.rpc.channel import start_call
+from clusterproxy.server import app
+from clusterproxy.server.config import ServerConfig
+from clusterproxy.transport.stream import Transport
+from clusterproxy.transport.tls import client_context
+from clusterproxy_proto import CloseRequest, CloseResponse, Data, DialRequest, DialResponse
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+    from pathlib import Path
+
+    from trio.testing import MockClock
+
+REQUEST = b"CONNECT target:443 HTTP/1.1\r\n\r\n"
+ESTABLISHED = b"HTTP/1.1 200 Connection Established\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def config(authority: trustme.CA, tmp_path: Path) -> dict[str, Any]:
+    ca = write_ca(authority, tmp_path)
+    cert, key = write_pair(authority, tmp_path, "server", "127.0.0.1")
+    write_pair(authority, tmp_path, "peer", "peer.test")
+    ports = dict.fromkeys(("server_port", "agent_port", "health_port", "admin_port"), 0)
+    return {
+        **ports,
+        "server_id": "server",
+        "server_cert": cert,
+        "server_key": key,
+        "server_ca_cert": ca,
+        "cluster_cert": cert,
+        "cluster_key": key,
+        "cluster_ca_cert": ca,
+    }
+
+
+class Program:
+    """A running server, and what its peers need to know."""
+
+    def __init__(self, directory: Path, nursery: trio.Nursery) -> None:
+        self.directory = directory
+        self.nursery = nursery
+        self.ports: dict[str, int] = {}
+        self.server: app.ProxyServer | None = None
+        self.status: int | None = None
+        self.stopped = trio.Event()
+
+    @property
+    def metrics(self) -> Any:
+        assert self.server is not None
+        return self.server.metrics
+
+    def context(self, alpn: list[str], *, pair: str = "peer") -> ssl.SSLContext:
+        cert = str(self.directory / f"{pair}.crt") if pair else None
+        key = str(self.directory / f"{pair}.key") if pair else None
+        return client_context(ca=str(self.directory / "ca.crt"), cert=cert, key=key, alpn=alpn)
+
+    def socket(self, port: str) -> socket.socket:
+        sock = socket.create_connection(("127.0.0.1", self.ports[port]))
+        sock.setblocking(False)
+        return sock
+
+    async def transport(self, port: str, alpn: list[str], **options: Any) -> Transport:
+        context = self.context(alpn, **options)
+        transport = Transport(self.socket(port), context, server_hostname="127.0.0.1")
+        try:
+            await transport.handshake()
+        except BaseException:
+            transport.close()
+            raise
+        return transport
+
+    async def call(self, transport: Transport, path: str, metadata: Any = None) -> ClientPeer:
+        connection = Http2Connection(transport, client=True, limits=Http2Limits())
+        self.nursery.start_soon(connection.run)
+        await trio.lowlevel.checkpoint()
+        call = start_call(
+            connection,
+            path,
+            authority="t",
+            secure=True,
+            metadata=metadata or {},
+            user_agent=GO,
+        )
+        peer = ClientPeer(call, connection)
+        await settle()
+        return peer
+
+    async def agent(self, **options: Any) -> ClientPeer:
+        transport = await self.transport("agent-port", ["h2"], **options)
+        return await self.call(transport, CONNECT, {"agentid": ["agent"]})
+
+    async def client(self, **options: Any) -> ClientPeer:
+        return await self.call(await self.transport("server-port", ["h2"], **options), PROXY)
+
+    async def get(self, port: str, path: str) -> tuple[int, str]:
+        stream = await trio.open_tcp_stream("127.0.0.1", self.ports[port])
+        async with stream:
+            await stream.send_all(
+                f"GET {path} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n".encode()
+            )
+            answer = b"".join([bytes(chunk) async for chunk in stream])
+        head, _, body = answer.partition(b"\r\n\r\n")
+        return int(head.split()[1]), body.decode()
+
+
+@contextlib.asynccontextmanager
+async def running(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, directory: Path
+) -> AsyncGenerator[Program]:
+    listen = app.listen_tcp
+    make = app.ProxyServer
+    async with trio.open_nursery() as nursery:
+        program = Program(directory, nursery)
+
+        def listen_tcp(host: str, port: int, flag: str) -> socket.socket:
+            sock = listen(host or "127.0.0.1", port, flag)
+            program.ports[flag] = sock.getsockname()[1]
+            return sock
+
+        def make_server(config: ServerConfig) -> app.ProxyServer:
+            program.server = make(config)
+            return program.server
+
+        monkeypatch.setattr(app, "listen_tcp", listen_tcp)
+        monkeypatch.setattr(app, "ProxyServer", make_server)
+
+        async def run() -> None:
+            program.status = await app.run_server(ServerConfig(**config))
+            program.stopped.set()
+
+        async with trio.open_nursery() as running:
+            running.start_soon(run)
+            await settle()
+            yield program
+            if not program.stopped.is_set():
+                signal.raise_signal(signal.SIGTERM)
+                await settle()
+                signal.raise_signal(signal.SIGTERM)
+                with trio.fail_after(5):
+                    await program.stopped.wait()
+        nursery.cancel_scope.cancel()
+
+
+async def test_grpc(
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    async with running(config, monkeypatch, tmp_path) as program:
+        assert await program.get("health-port", "/healthz") == (200, "ok")
+        not_ready = (500, "no connection to any proxy agent")
+        assert await program.get("health-port", "/readyz") == not_ready
+        agent = await program.agent()
+        assert await program.get("health-port", "/readyz") == (200, "ok")
+        client = await program.client()
+        client.send(DialRequest("tcp", "target:1", 7))
+        await agent.expect(DialRequest("tcp", "target:1", 7))
+        agent.send(dial_ok(1, 7), Data(1, data=b"hello"), CloseResponse("", 1))
+        await client.expect(dial_ok(1, 7), Data(1, data=b"hello"), CloseResponse("", 1))
+        for port in ("health-port", "admin-port"):
+            status, text = await program.get(port, "/metrics")
+            assert status == 200
+            assert 'ready_backends{proxy_strategy="default"} 1' in text
+        assert await program.get("admin-port", "/debug/pprof/") == (404, "404 page not found\n")
+        expiry = values(program.metrics.certificate_expiry_seconds)
+        assert set(expiry) == {config["server_cert"]}
+
+
+async def test_connect_mode(
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    config["mode"] = "http-connect"
+    async with running(config, monkeypatch, tmp_path) as program:
+        agent = await program.agent()
+        # HTTP/2 is not negotiated.
+        transport = await program.transport("server-port", ["h2", "http/1.1"])
+        assert transport.tls is not None
+        assert transport.tls.selected_alpn_protocol() == "http/1.1"
+        transport.send([REQUEST])
+        dial = await agent.next()
+        assert isinstance(dial, DialRequest)
+        agent.send(dial_ok(1, dial.random), Data(1, data=b"hello"))
+        received = b""
+        while len(received) < len(ESTABLISHED) + 5:
+            received += await transport.receive()
+        assert received == ESTABLISHED + b"hello"
+        transport.send([b"request"])
+        await agent.expect(Data(1, data=b"request"))
+        # The target ends while the client still sends: it gets an orderly end.
+        agent.send(Data(1, data=b"bye"), CloseResponse("", 1))
+        transport.send([b"more"])
+        await agent.next()
+        assert bytes(await transport.receive()) == b"bye"
+        assert await transport.receive() == b""
+        transport.close()
+        await settle()
+        assert value(program.metrics.http_connections) == 0
+        refused = await program.transport("server-port", [])
+        refused.send([b"GET / HTTP/1.0\r\n\r\n"])
+        assert bytes(await refused.receive()).startswith(b"HTTP/1.1 405 ")
+        refused.close()
+
+
+@pytest.mark.parametrize("mode", ["grpc", "http-connect"])
+async def test_unix_socket(
+    mode: str,
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    path = tmp_path / "proxy.sock"
+    path.write_text("left over")
+    for side in ("cert", "key", "ca_cert"):
+        config[f"server_{side}"] = ""
+    config |= {"uds_name": str(path), "mode": mode}
+    async with running(config, monkeypatch, tmp_path) as program:
+        agent = await program.agent()
+        assert oct(os.stat(path).st_mode & 0o777) == "0o770"
+        assert "server-port" not in program.ports
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(str(path))
+        sock.setblocking(False)
+        if mode == "grpc":
+            client = await program.call(Transport(sock), PROXY)
+            client.send(DialRequest("tcp", "target:1", 7))
+            await agent.expect(DialRequest("tcp", "target:1", 7))
+        else:
+            transport = Transport(sock)
+            transport.send([REQUEST])
+            assert isinstance(await agent.next(), DialRequest)
+            transport.close()
+    assert not path.exists()
+
+
+# -- H14, B14: who is let in -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("port", ["server-port", "agent-port"])
+@pytest.mark.parametrize("pair", ["", "stranger"])
+async def test_certificates_are_demanded(
+    port: str,
+    pair: str,
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    write_pair(trustme.CA(), tmp_path, "stranger", "peer.test")
+    async with running(config, monkeypatch, tmp_path) as program:
+        with pytest.raises((ssl.SSLError, trio.BrokenResourceError)):
+            # In TLS 1.3 the client hears of it only afterwards.
+            transport = await program.transport(port, ["h2"], pair=pair)
+            try:
+                assert not await transport.receive()
+                await transport.receive()
+            finally:
+                transport.close()
+        await settle()
+        assert values(program.metrics.handshake_failures_total) == {"tls": 1}
+        assert not values(program.metrics.grpc_connections)
+        assert not value(program.metrics.handshakes_in_flight)
+
+
+@pytest.mark.parametrize("port", ["server-port", "agent-port"])
+@pytest.mark.parametrize("alpn", [[], ["http/1.1"]])
+async def test_protocol_is_demanded(
+    port: str,
+    alpn: list[str],
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    async with running(config, monkeypatch, tmp_path) as program:
+        transport = await program.transport(port, alpn)
+        assert not await transport.receive()
+        transport.close()
+        await settle()
+        assert values(program.metrics.handshake_failures_total) == {"alpn": 1}
+
+
+@pytest.mark.parametrize("port", ["server-port", "agent-port"])
+async def test_plain_text_on_a_tls_port(
+    port: str,
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    async with running(config, monkeypatch, tmp_path) as program:
+        stream = await trio.open_tcp_stream("127.0.0.1", program.ports[port])
+        await stream.send_all(b"GET / HTTP/1.1\r\n\r\n")
+        with contextlib.suppress(trio.BrokenResourceError):
+            while await stream.receive_some():
+                pass
+        await stream.aclose()
+        await settle()
+        assert values(program.metrics.handshake_failures_total) == {"tls": 1}
+        assert (await program.agent()).closed_with is None
+
+
+async def test_certificates_are_reloaded(
+    authority: trustme.CA,
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    async with running(config, monkeypatch, tmp_path) as program:
+        agent, client = await program.agent(), await program.client()
+        client.send(DialRequest("tcp", "target:1", 7))
+        await agent.next()
+        agent.send(dial_ok(1, 7))
+        await client.expect(dial_ok(1, 7))
+        # A broken file keeps the old ones in service.
+        (tmp_path / "server.crt").write_text("nothing")
+        await trio.sleep(11)
+        assert values(program.metrics.certificate_reload_total)["error"] == 2
+        assert (await program.agent()).closed_with is None
+        write_pair(authority, tmp_path, "server", "127.0.0.1")
+        second = trustme.CA()
+        write_ca(second, tmp_path)
+        await trio.sleep(11)
+        assert values(program.metrics.certificate_reload_total)["ok"] == 2
+        # The new CA for clients is in force, and no tunnel was dropped.
+        write_ca(authority, tmp_path)
+        with pytest.raises((ssl.SSLError, trio.BrokenResourceError)):
+            transport = await program.transport("server-port", ["h2"])
+            try:
+                await transport.receive()
+            finally:
+                transport.close()
+        client.send(Data(1, data=b"on"))
+        await agent.expect(Data(1, data=b"on"))
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"server_cert": ""}, "server-cert"),
+        ({"cluster_cert": ""}, "cluster-cert"),
+        ({"server_cert": "nowhere.crt"}, "server-cert"),
+        ({"cluster_key": "nowhere.key"}, "cluster-key"),
+        ({"cluster_ca_cert": "nowhere.crt"}, "cluster-ca-cert"),
+        ({"server_ca_cert": "nowhere.crt"}, "server-ca-cert"),
+        ({"health_bind_address": "192.0.2.1"}, "health-port"),
+        ({"uds_name": "/no/such/directory/x.sock"}, "uds-name"),
+    ],
+)
+async def test_bad_configuration(
+    change: dict[str, Any], field: str, config: dict[str, Any], autojump_clock: MockClock
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        await app.run_server(ServerConfig(**{**config, **change}))
+    assert caught.value.field == field
+
+
+async def test_agents_without_certificates(
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    config["cluster_ca_cert"] = ""
+    async with running(config, monkeypatch, tmp_path) as program:
+        assert (await program.agent(pair="")).closed_with is None
+
+
+async def test_limits_are_counted(
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    config["max_control_frames_per_s"] = 10
+    async with running(config, monkeypatch, tmp_path) as program:
+        client = await program.client()
+        for _ in range(50):
+            client.connection.ping()
+        await client.status()
+        assert values(program.metrics.limit_exceeded_total) == {"control_frames": 1}
+
+
+# -- shutdown --------------------------------------------------------------------------------------
+
+
+async def test_shutdown_of_an_idle_server(
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    async with running(config, monkeypatch, tmp_path) as program:
+        agent = await program.agent()
+        signal.raise_signal(signal.SIGTERM)
+        await program.stopped.wait()
+        assert program.status == 0
+        assert trio.current_time() < 1
+        await agent.status()
+
+
+@pytest.mark.parametrize("mode", ["grpc", "http-connect"])
+async def test_graceful_shutdown(
+    mode: str,
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    config["mode"] = mode
+    async with running(config, monkeypatch, tmp_path) as program:
+        agent = await program.agent()
+        client: ClientPeer | None = None
+        transport: Transport | None = None
+        if mode == "grpc":
+            client = await program.client()
+            client.send(DialRequest("tcp", "target:1", 7))
+        else:
+            transport = await program.transport("server-port", [])
+            transport.send([REQUEST])
+        dial = await agent.next()
+        assert isinstance(dial, DialRequest)
+        agent.send(dial_ok(1, dial.random))
+        await settle()
+        signal.raise_signal(signal.SIGINT)
+        await trio.sleep(20)
+        # Not ready, no new connections, but what is open goes on.
+        assert await program.get("health-port", "/readyz") == (500, "shutting down")
+        with pytest.raises(OSError, match="refused"):
+            program.socket("server-port")
+        with pytest.raises(OSError, match="refused"):
+            program.socket("agent-port")
+        agent.send(Data(1, data=b"on"))
+        if client is not None:
+            await client.expect(dial_ok(1, 7), Data(1, data=b"on"))
+            assert client.connection.draining
+            client.send(CloseRequest(1))
+            await agent.expect(CloseRequest(1))
+            client.half_close()
+        else:
+            assert transport is not None
+            await settle()
+            transport.close()
+        with trio.fail_after(1):
+            await program.stopped.wait()
+        assert program.status == 0
+
+
+async def test_the_end_of_the_grace(
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    async with running(config, monkeypatch, tmp_path) as program:
+        await program.agent()
+        client = await program.client()
+        begin = trio.current_time()
+        signal.raise_signal(signal.SIGTERM)
+        await program.stopped.wait()
+        assert trio.current_time() - begin == pytest.approx(25, abs=0.1)
+        assert program.status == 0
+        assert (await client.status())[0] == "Unavailable"
+
+
+async def test_no_grace(
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    config["graceful_shutdown_timeout_s"] = 0.0
+    async with running(config, monkeypatch, tmp_path) as program:
+        await program.client()
+        begin = trio.current_time()
+        signal.raise_signal(signal.SIGTERM)
+        await program.stopped.wait()
+        assert trio.current_time() - begin < 1
+        assert program.status == 0
+
+
+async def test_a_second_signal(
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    async with running(config, monkeypatch, tmp_path) as program:
+        await program.client()
+        begin = trio.current_time()
+        signal.raise_signal(signal.SIGTERM)
+        await trio.sleep(3)
+        signal.raise_signal(signal.SIGTERM)
+        await program.stopped.wait()
+        assert trio.current_time() - begin == pytest.approx(3, abs=0.1)
+        assert program.status == 1
+
+
+async def test_dials_are_answered_during_shutdown(
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    async with running(config, monkeypatch, tmp_path) as program:
+        agent, client = await program.agent(), await program.client()
+        signal.raise_signal(signal.SIGTERM)
+        await settle()
+        client.send(DialRequest("tcp", "target:1", 7))
+        await agent.expect(DialRequest("tcp", "target:1", 7))
+        agent.send(DialResponse(error="refused", random=7))
+        await client.expect(DialResponse(error="refused", random=7))
