@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import trustme
-
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import trustme
 
 
 def write_ca(authority: trustme.CA, directory: Path, name: str = "ca") -> str:

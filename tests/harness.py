@@ -49,6 +49,7 @@ CONNECT = "/AgentService/Connect"
 GO = "grpc-go/1.76.0"
 OURS = "clusterproxy/0"
 WINDOW = 64 * 1024
+_EVERYTHING = 1 << 40
 
 
 async def settle() -> None:
@@ -73,6 +74,14 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
     for sock in (ours, theirs):
         sock.setblocking(False)
     return ours, theirs
+
+
+async def read_to_end(stream: trio.abc.ReceiveStream) -> bytes:
+    """Everything until the other side ends the stream; raises BrokenResourceError if it resets it."""
+    data = b""
+    while more := await stream.receive_some():
+        data += more
+    return data
 
 
 def value(family: Family, *labels: str) -> float:
@@ -173,10 +182,10 @@ class Peer:
 
     def pause(self) -> None:
         """Read no more: what is on its way fills the window."""
-        self.call.stream.pause()
+        self.call.stream.hold(_EVERYTHING)
 
     def resume(self) -> None:
-        self.call.stream.resume()
+        self.call.stream.release(_EVERYTHING)
 
 
 class ClientPeer(Peer):
@@ -184,6 +193,7 @@ class ClientPeer(Peer):
 
     def __init__(self, call: ClientCall, connection: Http2Connection) -> None:
         super().__init__(call)
+        self.response = call.response
         self.connection = connection
         self.half_close = call.half_close
         self.reset = call.cancel
@@ -340,7 +350,9 @@ async def serving(**config: Any) -> AsyncGenerator[ServerWorld]:
         frontends = RpcServer(
             {PROXY: frontend_opener(state)}, limits=limits, on_limit=exceeded.append
         )
-        agents = RpcServer({CONNECT: backend_opener(state)}, limits=limits, on_limit=exceeded.append)
+        agents = RpcServer(
+            {CONNECT: backend_opener(state)}, limits=limits, on_limit=exceeded.append
+        )
         world = ServerWorld(state, nursery, frontends, agents, limits_exceeded=exceeded)
         yield world
         for peer in world.peers:
@@ -358,10 +370,9 @@ async def serving(**config: Any) -> AsyncGenerator[ServerWorld]:
 class ScriptedServer(Peer):
     """The server's end of an agent's call."""
 
-    call: ServerCall
-
     def __init__(self, call: ServerCall) -> None:
         super().__init__(call)
+        self.path = call.path
         self.metadata = call.metadata
         self.user_agent = call.user_agent
         self._over = trio.Event()
@@ -516,9 +527,7 @@ async def session(*, window: int = WINDOW, **config: Any) -> AsyncGenerator[Agen
 
             nursery.start_soon(run)
             await settle()
-            world = AgentWorld(
-                state, agent, servers.peers[0], services, connection, ended, nursery
-            )
+            world = AgentWorld(state, agent, servers.peers[0], services, connection, ended, nursery)
             yield world
             connection.fail("the test is over")
             with trio.fail_after(60):

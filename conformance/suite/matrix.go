@@ -121,6 +121,9 @@ func Run(env *Env, sel Selection, progress io.Writer) *Matrix {
 			mark  string
 			lines []string
 		}{{"!", res.Errors}, {"~", res.Differs}, {".", res.Notes}} {
+			if n := len(kind.lines); n > 12 {
+				kind.lines = append(kind.lines[:12:12], fmt.Sprintf("and %d more", n-12))
+			}
 			for _, line := range kind.lines {
 				for l := range strings.SplitSeq(line, "\n") {
 					fmt.Fprintf(progress, "         %s %s\n", kind.mark, l)

@@ -185,7 +185,9 @@ func rowTunnelCancelled(t *T) {
 		close(answer)
 	}()
 	req, _ := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-	if _, err := tunnel.httpClient().Do(req); err == nil || !strings.Contains(err.Error(), "context canceled") {
+	// Cancelling ends the tunnel too, and the stock client's HTTP transport may
+	// see that first (one time in ten, with the Go programs).
+	if _, err := tunnel.httpClient().Do(req); err == nil || !strings.Contains(err.Error(), "context canceled") && !strings.HasSuffix(err.Error(), ": EOF") {
 		t.Errorf("error is %v", err)
 	}
 	s.WantDone(tunnel)

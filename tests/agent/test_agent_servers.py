@@ -101,13 +101,17 @@ async def syncing(
     assert not servers.sessions
 
 
+def is_connected(servers: Servers) -> bool:
+    return servers.connected
+
+
 def refused() -> Exception:
     return OSError("dial tcp lb:8091: connect: connection refused")
 
 
 async def test_one_server(autojump_clock: MockClock) -> None:
     async with syncing({"lb": ["A"]}) as (state, dialer, servers):
-        assert servers.connected
+        assert is_connected(servers)
         assert value(state.metrics.open_server_connections) == 1
         assert value(state.metrics.known_server_count) == 1
         await trio.sleep(60)
@@ -117,7 +121,7 @@ async def test_one_server(autojump_clock: MockClock) -> None:
 async def test_gauge_before_the_first_connection(autojump_clock: MockClock) -> None:
     async with syncing({"lb": [refused()]}) as (state, _, servers):
         assert not state.metrics.open_server_connections.children
-        assert not servers.connected
+        assert not is_connected(servers)
 
 
 async def test_backoff(autojump_clock: MockClock) -> None:
@@ -131,9 +135,11 @@ async def test_backoff(autojump_clock: MockClock) -> None:
 
 
 async def test_backoff_begins_anew(autojump_clock: MockClock) -> None:
-    async with syncing(
-        {"lb": [refused(), refused(), refused(), "A", refused(), refused()]}
-    ) as (_, dialer, servers):
+    async with syncing({"lb": [refused(), refused(), refused(), "A", refused(), refused()]}) as (
+        _,
+        dialer,
+        servers,
+    ):
         await trio.sleep(6)
         (session,) = servers.sessions.values()
         session.over.set()  # type: ignore[attr-defined]
@@ -163,17 +169,15 @@ async def test_servers_behind_a_load_balancer(autojump_clock: MockClock) -> None
         assert value(state.metrics.known_server_count) == 3
 
 
-async def test_a_session_ends(
-    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_session_ends(autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:
     async with syncing({"lb": ["A"]}) as (state, dialer, servers):
         dialer.opened[0].call.message = "connection closed by the peer"
         dialer.opened[0].over.set()
         await settle()
-        assert not servers.connected
+        assert not is_connected(servers)
         assert value(state.metrics.open_server_connections) == 0
         await trio.sleep(1.5)
-        assert servers.connected
+        assert is_connected(servers)
         assert value(state.metrics.open_server_connections) == 1
     assert "session ended: connection closed by the peer" in caplog.text
 
@@ -193,9 +197,9 @@ async def test_failures(
     failure: Exception, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with syncing({"lb": [failure, "A"]}) as (state, _, servers):
-        assert not servers.connected
+        assert not is_connected(servers)
         await trio.sleep(1.5)
-        assert servers.connected
+        assert is_connected(servers)
         assert values(state.metrics.server_connection_failure_count) == {"to_server": 1}
     (record,) = [r for r in caplog.records if r.levelno == logging.WARNING and "cannot" in r.msg]
     assert record.getMessage().startswith("cannot connect to server lb:8091")
@@ -206,7 +210,7 @@ async def test_a_bug_ends_one_attempt(
 ) -> None:
     async with syncing({"lb": [ZeroDivisionError(), "A"]}) as (_, __, servers):
         await trio.sleep(1.5)
-        assert servers.connected
+        assert is_connected(servers)
     assert "bug in a session" in caplog.text
 
 
@@ -217,7 +221,7 @@ async def test_a_bug_ends_one_session(
         dialer.opened[0].failure = ZeroDivisionError()
         dialer.opened[0].over.set()
         await trio.sleep(1.5)
-        assert servers.connected
+        assert is_connected(servers)
     assert "bug in a session" in caplog.text
 
 
@@ -275,7 +279,7 @@ async def test_two_addresses_of_one_server(autojump_clock: MockClock) -> None:
         assert len(dialer.attempts) == 2
         dialer.opened[0].over.set()
         await trio.sleep(3)
-        assert servers.connected
+        assert is_connected(servers)
 
 
 # -- A11: drain ------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import trio
@@ -13,6 +12,8 @@ from clusterproxy.http2.limits import Http2Limits
 from clusterproxy.transport.outbox import current_outbox
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
     from clusterproxy.http2.stream import Header, Stream
     from clusterproxy.transport.stream import Buffer, Transport
 
@@ -189,7 +190,7 @@ class Wired:
             on_request=None if client else self._on_request,
             on_limit=self.exceeded.append,
         )
-        self.connection.output.pull()
+        self.connection.output.start()
 
     def _on_request(self, stream: Stream, headers: list[Header]) -> Handler:
         handler = self.handlers[stream.id] = self.make_handler(stream, headers)
@@ -219,6 +220,12 @@ class Wired:
         sent = bytes(self.transport.sent).removeprefix(PREFACE)
         self.transport.sent.clear()
         return sent
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for what a task or a socket brings about."""
+    while not condition():
+        await trio.sleep(0.001)
 
 
 def types(frames: Iterable[Any]) -> list[str]:

@@ -16,10 +16,6 @@ from h2.errors import ErrorCodes
 from h2.events import ConnectionTerminated, DataReceived, PingAckReceived, RequestReceived
 from h2.exceptions import FrameTooLargeError, H2Error, ProtocolError
 from h2.settings import SettingCodes
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-
-from clusterproxy.http2.adapter import Adapter
 from h2_peers import (
     END_HEADERS,
     END_STREAM,
@@ -38,6 +34,11 @@ from h2_peers import (
     window_update,
 )
 from h2_peers import settings as settings_frame
+from hyperframe.frame import SettingsFrame
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from clusterproxy.http2.adapter import Adapter
 
 Make = Callable[..., H2Connection]
 
@@ -292,6 +293,7 @@ def test_settings_are_ours_from_the_start(client: bool) -> None:
         expected[SettingCodes.ENABLE_PUSH] = 0
     else:
         expected[SettingCodes.MAX_CONCURRENT_STREAMS] = 100
+    assert isinstance(frame, SettingsFrame)
     assert {code: frame.settings[code] for code in expected} == expected
 
 
@@ -368,6 +370,43 @@ def test_which_data_may_pass_by_h2() -> None:
 
 
 # -- broken input ----------------------------------------------------------------------------------------
+
+
+def break_decoder(connection: H2Connection, error: Exception) -> bytes:
+    """Make hpack raise something unforeseen; return a frame that brings it about."""
+    encoder = started(connection)
+
+    def decode(*_args: object, **_options: object) -> None:
+        raise error
+
+    connection.decoder.decode = decode  # type: ignore[method-assign, assignment]
+    return raw(HEADERS, END_HEADERS, 3, encoder.encode(REQUEST))
+
+
+ERRORS = [KeyError("x"), ValueError("x")]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_an_unforeseen_error_ends_the_connection(error: Exception) -> None:
+    connection = ours()
+    frame = break_decoder(connection, error)
+    with pytest.raises(ProtocolError, match="x"):
+        connection.receive(frame)
+    [sent] = goaways(connection.data_to_send())
+    assert sent.error_code == ErrorCodes.COMPRESSION_ERROR
+    with pytest.raises(ProtocolError):
+        connection.receive(raw(PING, 0, 0, bytes(8)))
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_h2_still_lets_unforeseen_errors_through(error: Exception) -> None:
+    """No input is known that brings one about in h2 4.4.1; the property below would find it."""
+    connection = plain()
+    frame = break_decoder(connection, error)
+    with pytest.raises(type(error)):
+        connection.receive_data(frame)
+    assert goaways(connection.data_to_send()) == []
+
 
 _IDS = st.sampled_from([0, 1, 1, 2, 3, 5, 2**31 + 1])
 _FLAGS = st.one_of(

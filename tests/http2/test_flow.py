@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,19 +7,20 @@ from hypothesis import strategies as st
 from clusterproxy.http2.flow import QUANTUM, Flow, Schedule
 from clusterproxy.http2.limits import Meter
 
-if TYPE_CHECKING:
-    from clusterproxy.http2.flow import Buffer
+# Small messages share a buffer of this size.
+BUFFERFUL = 32 * 1024
 
 thorough = settings(derandomize=True, deadline=None, max_examples=150)
 message_sizes = st.one_of(
     st.integers(0, 200), st.integers(0, 3 * QUANTUM), st.sampled_from([QUANTUM - 1, QUANTUM, QUANTUM + 1])
 )
+busy_sizes = st.one_of(st.integers(500, 5000), st.integers(BUFFERFUL, 3 * QUANTUM))
 
 
-def take_all(schedule: Schedule) -> list[Buffer]:
+def take_all(schedule: Schedule) -> list[bytes]:
     taken = []
     while (message := schedule.take()) is not None:
-        taken.append(message)
+        taken.append(bytes(message))
     assert not schedule
     return taken
 
@@ -38,15 +37,17 @@ def test_one_flow_keeps_its_order_and_saves_up_nothing(sizes: list[int]) -> None
     schedule, drained = Schedule(), list[int]()
     flow = Flow(drained.append)
     messages = [bytes([n % 256]) * size for n, size in enumerate(sizes)]
-    for message in messages:
-        schedule.put(flow, message)
+    for put in messages:
+        schedule.put(flow, put)
     assert flow.queued == sum(sizes)
-    for message in messages:
-        assert schedule.take() == message
+    taken = b""
+    while (message := schedule.take()) is not None:
+        taken += message
         assert flow.deficit == 0
-    assert schedule.take() is None
+        assert drained[-1] == len(message)
+    assert taken == b"".join(messages)
     assert (flow.queued, flow.taken) == (0, sum(sizes))
-    assert drained == sizes
+    assert sum(drained) == sum(sizes)
 
 
 @given(
@@ -54,18 +55,18 @@ def test_one_flow_keeps_its_order_and_saves_up_nothing(sizes: list[int]) -> None
     takes=st.lists(st.integers(0, 3), min_size=40, max_size=40),
 )
 @thorough
-def test_every_message_goes_out_once_and_in_the_order_of_its_flow(
+def test_every_byte_goes_out_once_and_in_the_order_of_its_flow(
     puts: list[tuple[int, int]], takes: list[int]
 ) -> None:
     schedule, flows = Schedule(), [Flow() for _ in range(4)]
     put: list[list[bytes]] = [[] for _ in flows]
-    taken: list[list[Buffer]] = [[] for _ in flows]
+    taken = [b"" for _ in flows]
 
     def take() -> bool:
         message = schedule.take()
         if message is None:
             return False
-        taken[message[0]].append(message)
+        taken[message[0]] += message
         return True
 
     for (index, size), count in zip(puts, takes, strict=False):
@@ -75,30 +76,30 @@ def test_every_message_goes_out_once_and_in_the_order_of_its_flow(
         for _ in range(count % 2):
             assert take()
         for flow, done, all_ in zip(flows, taken, put, strict=True):
-            assert flow.taken == sum(map(len, done))
+            assert flow.taken == len(done)
             assert flow.queued == sum(map(len, all_)) - flow.taken
             assert flow.scheduled == bool(flow.queued)
     while take():
         pass
-    assert taken == put
+    assert taken == [b"".join(messages) for messages in put]
     assert not schedule
 
 
 @given(
-    first=st.lists(message_sizes, min_size=1, max_size=8),
-    second=st.lists(message_sizes, min_size=1, max_size=8),
+    first=st.lists(busy_sizes, min_size=1, max_size=8),
+    second=st.lists(busy_sizes, min_size=1, max_size=8),
     others=st.integers(0, 2),
 )
 @thorough
 def test_no_busy_flow_gets_ahead_of_another(
     first: list[int], second: list[int], others: int
 ) -> None:
-    """The bound of deficit round robin: one quantum and one message."""
+    """The bound of deficit round robin: one quantum and one message (or a bufferful of small ones)."""
     schedule = Schedule()
     flows = [Flow() for _ in range(2 + others)]
     sizes = [first, second, *([[1000]] * others)]
     sent = [0] * len(flows)
-    bound = QUANTUM + max(*first, *second, 1000)
+    bound = QUANTUM + BUFFERFUL + max(*first, *second, 1000)
 
     def refill() -> None:
         for flow, its_sizes in zip(flows, sizes, strict=True):
@@ -136,6 +137,21 @@ def test_a_message_larger_than_the_quantum_waits_its_turns() -> None:
         schedule.put(small, bytes(QUANTUM // 2))
     order = [len(message) for message in take_all(schedule)]
     assert order == [QUANTUM // 2] * 4 + [3 * QUANTUM] + [QUANTUM // 2] * 8
+    assert BUFFERFUL == QUANTUM // 2
+
+
+def test_small_messages_share_a_buffer() -> None:
+    schedule, flow = Schedule(), Flow()
+    for _ in range(BUFFERFUL + 10):
+        schedule.put(flow, b"x")
+    assert [len(message) for message in take_all(schedule)] == [1, BUFFERFUL, 9]
+    lent = bytearray(b"second")
+    for message in (b"first", lent, b" and third"):
+        schedule.put(flow, message)
+    assert lent == b"second"
+    assert schedule.take() == b"first"
+    schedule.put(flow, b"fourth")
+    assert take_all(schedule) == [b"second and third", b"fourth"], "what is next does not grow"
 
 
 def test_urgent_messages_go_first() -> None:
@@ -175,7 +191,7 @@ def test_a_flow_held_while_scheduled() -> None:
     held.held = False
     schedule.activate(held)
     schedule.activate(held)
-    assert take_all(schedule) == [b"1", b"2", b"3"]
+    assert take_all(schedule) == [b"1", b"23"]
 
 
 def test_activating_an_empty_flow() -> None:
@@ -219,9 +235,9 @@ def test_on_drain_may_put_and_drop() -> None:
         schedule.drop(flow)
 
     flow.on_drain = drop
-    schedule.put(flow, b"out")
+    schedule.put(flow, bytes(BUFFERFUL))
     schedule.put(flow, b"dropped")
-    assert take_all(schedule) == [b"out"]
+    assert take_all(schedule) == [bytes(BUFFERFUL)]
 
 
 # -- Meter -----------------------------------------------------------------------------------------------

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,16 +15,13 @@ from h2.events import (
     DataReceived,
     Event,
     ResponseReceived,
+    SettingsAcknowledged,
     StreamEnded,
     TrailersReceived,
     WindowUpdated,
 )
+from h2.exceptions import StreamClosedError
 from h2.settings import SettingCodes
-
-from clusterproxy.http2.connection import Http2Connection
-from clusterproxy.http2.flow import Flow
-from clusterproxy.http2.limits import Http2Limits
-from clusterproxy.transport.stream import Transport
 from h2_peers import (
     PING,
     PREFACE,
@@ -39,9 +35,18 @@ from h2_peers import (
     raw,
     settings,
     types,
+    until,
 )
+from hyperframe.frame import PingFrame
+
+from clusterproxy.http2.connection import Http2Connection
+from clusterproxy.http2.flow import Flow
+from clusterproxy.http2.limits import Http2Limits
+from clusterproxy.transport.stream import Transport
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
     from clusterproxy.http2.stream import Header, Stream, StreamHandler
 
 
@@ -112,15 +117,23 @@ async def serving(
 class H2Client:
     """A client that is plain h2."""
 
-    def __init__(self, stream: trio.SocketStream, *, window: int = 65_535) -> None:
+    def __init__(self, stream: trio.SocketStream) -> None:
         self.stream = stream
         self.h2 = H2Connection(H2Configuration(header_encoding=None))
-        self.h2.local_settings[SettingCodes.INITIAL_WINDOW_SIZE] = window
         self.h2.initiate_connection()
         self.received: dict[int, bytearray] = {}
         self.ended: set[int] = set()
         self.headers: dict[int, list[object]] = {}
         self.events: list[Event] = []
+        self._unacknowledged = 1
+
+    async def change_window(self, window: int) -> None:
+        # h2 takes every ACK for its latest change, so one after the other.
+        while self._unacknowledged:
+            assert await self.pump()
+        self.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: window})
+        self._unacknowledged = 1
+        await self.flush()
 
     async def flush(self) -> None:
         await self.stream.send_all(self.h2.data_to_send())
@@ -143,11 +156,17 @@ class H2Client:
                     self.headers[event.stream_id].append(event.headers)
                 case DataReceived():
                     self.received[event.stream_id] += event.data or b""
-                    self.h2.acknowledge_received_data(
-                        event.flow_controlled_length or 0, event.stream_id
-                    )
+                    # Not acknowledge_received_data(): that forgets a window that became negative.
+                    if event.flow_controlled_length:
+                        self.h2.increment_flow_control_window(event.flow_controlled_length)
+                        with suppress(StreamClosedError):
+                            self.h2.increment_flow_control_window(
+                                event.flow_controlled_length, event.stream_id
+                            )
                 case StreamEnded():
                     self.ended.add(event.stream_id)
+                case SettingsAcknowledged():
+                    self._unacknowledged -= 1
                 case _:
                     pass
         await self.flush()
@@ -192,7 +211,9 @@ async def test_echo_to_a_plain_h2_client() -> None:
 async def test_echo_to_a_client_with_a_small_window(window: int) -> None:
     """h2 raises FlowControlError at one byte too much."""
     async with serving() as (_, peer):
-        client = H2Client(peer, window=window)
+        client = H2Client(peer)
+        await client.flush()
+        await client.change_window(window)
         stream_id = await client.open()
         body = pattern(50 * window)[: min(50 * window, 200_000)]
         await client.send(stream_id, body)
@@ -208,10 +229,7 @@ async def test_the_window_of_the_peer_shrinks_in_mid_stream() -> None:
         body = pattern(300_000)[:300_000]
         await client.send(stream_id, body[:30_000], end=False)
         for window in (10, 60_000, 0, 5000):
-            client.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: window})
-            await client.flush()
-            with trio.move_on_after(0.01):
-                await client.pump()
+            await client.change_window(window)
         await client.send(stream_id, body[30_000:])
         while stream_id not in client.ended:
             assert await client.pump()
@@ -237,8 +255,7 @@ async def test_our_own_ends_with_each_other() -> None:
                     piece = body[at : at + 32_768]
                     stream.send(flow, len(piece), piece)
                 stream.when_sent(lambda stream=stream: client.end_stream(stream))  # type: ignore[misc]
-            while not all(handler.ended for handler in handlers.values()):
-                await trio.sleep(0.001)
+            await until(lambda: all(handler.ended for handler in handlers.values()))
             assert not client.streams
             assert not server.streams
             client.fail("done")
@@ -251,17 +268,18 @@ async def test_what_is_sent_before_run_is_drained_by_it() -> None:
     sock, other = socket_pair()
     client = Http2Connection(Transport(sock), client=True, limits=Http2Limits())
     server = Http2Connection(Transport(other), client=False, limits=Http2Limits(), on_request=echo)
-    client.announce_end()
-    for _ in range(20_000):
-        client.open_stream([*REQUEST, (b"x", b"y" * 100)], Handler())
-    assert client.output.blocked
+    handlers = [Handler() for _ in range(400)]
+    for n, handler in enumerate(handlers):
+        stream = client.open_stream([*REQUEST, (b"x", b"%d" % n + bytes(range(33, 126)) * 10)], handler)
+        stream.send(None, 5, b"hello")
+        stream.when_sent(lambda stream=stream: client.end_stream(stream))  # type: ignore[misc]
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(client.run)
             nursery.start_soon(server.run)
-            while client.output.blocked:
-                await trio.sleep(0.001)
+            await until(lambda: all(handler.ended for handler in handlers))
             nursery.cancel_scope.cancel()
+    assert all(handler.data == b"hello" for handler in handlers)
 
 
 async def test_a_stalled_socket_holds_nobody_else_up() -> None:
@@ -272,8 +290,7 @@ async def test_a_stalled_socket_holds_nobody_else_up() -> None:
         client.h2.data_to_send()
         client.h2.send_headers(1, REQUEST)
         await client.flush()
-        while not stalled.streams:
-            await trio.sleep(0.001)
+        await until(lambda: stalled.streams)
         stream = stalled.streams[1]
         stalled.send_headers(stream, RESPONSE)
         flow = Flow()
@@ -290,15 +307,13 @@ async def test_a_stalled_socket_holds_nobody_else_up() -> None:
         await silent.send_all(b"\0\0\2\0\0\0\0\0\1hi")
         handler = stream.handler
         assert isinstance(handler, Handler)
-        while handler.data != b"hi":
-            await trio.sleep(0.001)
+        await until(lambda: handler.data == b"hi")
         received = bytearray()
-        while len(received) < 200 * 20_000:
+        size = 200 * 20_000
+        while len(received) < size or len(data_of(_whole_frames(received), 1)) < size:
             received += await silent.receive_some(65_536)
-            whole = _whole_frames(received)
-            if len(data_of(whole, 1)) == 200 * 20_000:
-                break
-        assert data_of(received, 1) == b"".join(bytes([n]) * 20_000 for n in range(200))
+        body = data_of(_whole_frames(received), 1)
+        assert body == b"".join(bytes([n]) * 20_000 for n in range(200))
         assert flow.queued == 0
 
 
@@ -323,11 +338,9 @@ async def test_the_peer_closes() -> None:
         client = H2Client(peer)
         await client.open()
         await client.open()
-        while len(connection.streams) < 2:
-            await trio.sleep(0.001)
-        await peer.aclose()
-        while connection.streams:
-            await trio.sleep(0.001)
+        await until(lambda: len(connection.streams) == 2)
+        await peer.send_eof()
+        await until(lambda: not connection.streams)
         assert connection.lost == "connection closed by the peer"
         assert [handler.reset for handler in told] == [(8, "connection closed by the peer")] * 2
 
@@ -335,11 +348,9 @@ async def test_the_peer_closes() -> None:
 async def test_the_socket_breaks() -> None:
     async with serving() as (connection, peer):
         await H2Client(peer).open()
-        while not connection.streams:
-            await trio.sleep(0.001)
+        await until(lambda: connection.streams)
         connection._transport.close()
-        while connection.streams:
-            await trio.sleep(0.001)
+        await until(lambda: not connection.streams)
         assert "connection broken" in (connection.lost or "")
 
 
@@ -354,8 +365,7 @@ async def test_cancellation_tells_every_stream() -> None:
         client = H2Client(peer)
         for _ in range(5):
             await client.open()
-        while len(connection.streams) < 5:
-            await trio.sleep(0.001)
+        await until(lambda: len(connection.streams) == 5)
     assert connection.lost == "cancelled"
     assert [handler.reset for handler in told] == [(8, "cancelled")] * 5
     assert connection._transport.closed
@@ -373,10 +383,9 @@ async def test_tasks_of_a_connection_are_cancelled_with_it() -> None:
 
     async with serving() as (connection, peer):
         await H2Client(peer).open()
-        while not connection.streams:
-            await trio.sleep(0.001)
+        await until(lambda: connection.streams)
         connection.start_soon(task, "argument")
-        await trio.sleep(0)
+        await trio.lowlevel.checkpoint()
         connection.fail("test")
         await ended.wait()
 
@@ -387,7 +396,7 @@ async def test_a_bug_in_a_handler_ends_its_connection_and_is_raised() -> None:
 
     class Buggy(Handler):
         def on_data(self, view: memoryview) -> bool:
-            if view == b"bug":
+            if bytes(view) == b"bug":
                 raise ZeroDivisionError
             return super().on_data(view)
 
@@ -395,7 +404,7 @@ async def test_a_bug_in_a_handler_ends_its_connection_and_is_raised() -> None:
         told.append(Buggy())
         return told[-1]
 
-    with pytest.RaisesGroup(pytest.RaisesGroup(ZeroDivisionError, allow_unwrapped=True), allow_unwrapped=True, flatten_subgroups=True):
+    with pytest.RaisesGroup(ZeroDivisionError, flatten_subgroups=True):
         async with serving(keep) as (connection, peer):
             client = H2Client(peer)
             for _ in range(2):
@@ -455,7 +464,7 @@ async def test_graceful_end_seen_by_plain_h2() -> None:
             part = await peer.receive_some(65_536)
             assert part
             for frame in parse_frames(_whole_frames(bytearray(part))):
-                if types([frame]) == ["Ping"]:
+                if isinstance(frame, PingFrame):
                     await peer.send_all(raw(PING, 1, 0, frame.opaque_data))
             received += part
         assert [f.last_stream_id for f in goaways(received)] == [2**31 - 1, first]
@@ -471,8 +480,7 @@ async def test_a_busy_connection_lets_the_others_run() -> None:
     async with serving(ignore) as (connection, peer):
         client = H2Client(peer)
         await client.open()
-        while not connection.streams:
-            await trio.sleep(0.001)
+        await until(lambda: connection.streams)
         turns = 0
 
         async def count() -> None:

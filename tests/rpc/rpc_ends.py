@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 import h2.events
 import trio
+import trio.testing
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 
@@ -128,6 +129,7 @@ async def connected(
         nursery.start_soon(server.serve, theirs)
         client = Http2Connection(ours, client=True, limits=LIMITS)
         nursery.start_soon(client.run)
+        await trio.testing.wait_all_tasks_blocked()
         yield Ends(server, client, nursery)
         nursery.cancel_scope.cancel()
 
@@ -249,6 +251,7 @@ async def raw_server() -> AsyncIterator[tuple[RawPeer, Ends]]:
     async with trio.open_nursery() as nursery:
         client = Http2Connection(ours, client=True, limits=LIMITS)
         nursery.start_soon(client.run)
+        await trio.testing.wait_all_tasks_blocked()
         with contextlib.closing(theirs):
             yield RawPeer(theirs, client=False), Ends(RpcServer({}, limits=LIMITS), client, nursery)
         nursery.cancel_scope.cancel()

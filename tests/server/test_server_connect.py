@@ -260,7 +260,9 @@ async def test_dial_timeout_of_an_agent_that_does_not_read(autojump_clock: MockC
 # -- H08, H09 --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"HEAD /a HTTP/1.1\r\nHost: x\r\n\r\n"])
+@pytest.mark.parametrize(
+    "method", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"HEAD /a HTTP/1.1\r\nHost: x\r\n\r\n"]
+)
 async def test_other_method(method: bytes, autojump_clock: MockClock) -> None:
     async with serving() as server:
         agent = await server.agent()
@@ -283,7 +285,8 @@ async def test_a_body_is_no_request(autojump_clock: MockClock) -> None:
         client = await server.http()
         hidden = b"CONNECT evil:1 HTTP/1.1\r\n\r\n"
         await client.send_all(
-            b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (len(hidden) + 10) + hidden
+            b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (len(hidden) + 10)
+            + hidden
         )
         await exactly(client, NOT_ALLOWED % b"")
         await client.send_all(b"0123456789" + REQUEST)
@@ -301,9 +304,7 @@ async def test_a_body_is_no_request(autojump_clock: MockClock) -> None:
         b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n" + REQUEST,
     ],
 )
-async def test_other_method_for_the_last_time(
-    request_: bytes, autojump_clock: MockClock
-) -> None:
+async def test_other_method_for_the_last_time(request_: bytes, autojump_clock: MockClock) -> None:
     async with serving() as server:
         agent = await server.agent()
         client = await server.http()
@@ -418,7 +419,9 @@ async def test_client_resets(autojump_clock: MockClock) -> None:
     async with serving() as server:
         agent = await server.agent()
         client = await tunnel(server, agent, tcp=True)
-        client.socket.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_LINGER, bytes([1] + [0] * 7))
+        client.socket.setsockopt(
+            trio.socket.SOL_SOCKET, trio.socket.SO_LINGER, bytes([1] + [0] * 7)
+        )
         await client.aclose()
         await agent.expect(CloseRequest(1))
         await settle()

@@ -117,7 +117,7 @@ class StreamEndpoint(Endpoint):
         self._nursery: trio.Nursery | None = None
         self._reading = trio.CancelScope()
         self.sink = ByteSink(self._transport, self._spawn, self._broken)
-        self.guard = Guard(self.sink, state.budget, call.stream.pause, call.stream.resume)
+        self.guard = Guard(self.sink, state.budget, call.stream.hold, call.stream.release)
         self.sink.on_drain = self._note_queue
 
     async def run(self, ended: Callable[[], None]) -> None:

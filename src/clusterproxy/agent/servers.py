@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, Never
 import trio
 
 from clusterproxy.errors import ClusterProxyError
+from clusterproxy.http2.adapter import H2Error
 
 if TYPE_CHECKING:
     from .dialer import ServerDialer
@@ -23,6 +24,9 @@ _JITTER: Final = 0.1
 _EXPECTED: Final = (
     OSError,
     ClusterProxyError,
+    H2Error,
+    # An address or a token that cannot be encoded.
+    ValueError,
     trio.TooSlowError,
     trio.BrokenResourceError,
     trio.ClosedResourceError,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -42,6 +43,12 @@ _log = logging.getLogger("clusterproxy.agent")
 # Answers to what the server sent without need are left out while so much waits for it.
 _ADVISORY_LIMIT: Final = 64 * 1024
 
+# A host name has at most 255 bytes; what is much longer only costs the shared stream.
+_MAX_ADDRESS: Final = 1024
+
+# strconv.Atoi, and what is left of it for a number of servers.
+_COUNT: Final = re.compile(r"[+-]?[0-9]{1,9}")
+
 _TYPES: Final = frozenset(int(kind) for kind in PacketType)
 
 
@@ -67,6 +74,11 @@ class Session:
         self._dials: dict[int, trio.CancelScope] = {}
         self._last_id = 0
         self._rejected = False
+        # Connections of which something is left to do, lingering ones included.
+        self._busy = 0
+        # What is sent here is asked for by the server's clients: it is not its fault if it is much.
+        call.stream.shared = True
+        call.stream.schedule.account = state.note_buffered
         call.receive = self._receive
 
     async def greet(self) -> None:
@@ -79,10 +91,9 @@ class Session:
         metadata = await self.call.response()
         self.server_id = _one(metadata, "serverid", "server ID")
         count = _one(metadata, "servercount", "server count")
-        try:
-            self.server_count = int(count)
-        except ValueError as error:
-            raise HandshakeError(f"server count {count!r} is not a number") from error
+        if not _COUNT.fullmatch(count):
+            raise HandshakeError(f"server count {count[:64]!r} is not a number")
+        self.server_count = int(count)
 
     async def run(self) -> None:
         """Serve until the stream ends. All its connections end with it.
@@ -108,8 +119,8 @@ class Session:
 
     @property
     def busy(self) -> bool:
-        """Whether there is a connection or a dial."""
-        return bool(self.endpoints or self._dials)
+        """Whether there is a dial or a connection, or something of one is still on its way."""
+        return self._busy > 0 or self.call.stream.waiting
 
     # -- packets -----------------------------------------------------------------------------------
 
@@ -185,16 +196,25 @@ class Session:
         # A number is used up by a dial that fails, too.
         self._last_id += 1
         self._state.last_use = trio.current_time()
+        if len(request.address) > _MAX_ADDRESS or len(request.protocol) > _MAX_ADDRESS:
+            self._reject("long_address", "dial of an address that is too long")
+            error = f"dial {request.protocol[:32]}: address too long"
+            self._send(DialResponse(error=error, random=request.random))
+            return
         self.call.start_soon(self._connect, request, self._last_id)
 
     # -- connections -------------------------------------------------------------------------------
 
     async def _connect(self, request: DialRequest, connect_id: int) -> None:
+        self._busy += 1
         try:
             await self._serve(request, connect_id)
         except* Exception:
             # A bug ends this connection and nothing else.
             _log.exception("bug in a connection", extra={"connection_id": connect_id})
+        finally:
+            self._busy -= 1
+            self._state.last_use = trio.current_time()
 
     async def _serve(self, request: DialRequest, connect_id: int) -> None:
         sock = await self._dial(request)
@@ -207,7 +227,7 @@ class Session:
         metrics = self._state.metrics
         metrics.open_endpoint_connections.inc()
         _log.debug(
-            "connected to %s",
+            "connection to %.256s opened",
             request.address,
             extra={
                 "agent_id": self._state.config.agent_id,
@@ -226,6 +246,10 @@ class Session:
         if self.endpoints.get(connect_id) is not endpoint:
             return
         del self.endpoints[connect_id]
+        _log.debug(
+            "connection closed",
+            extra={"agent_id": self._state.config.agent_id, "connection_id": connect_id},
+        )
         self._state.metrics.open_endpoint_connections.dec()
         self._state.last_use = trio.current_time()
         endpoint.confirm_close(endpoint.error)

@@ -41,5 +41,10 @@ class AgentState:
     #: When a dial or an open connection was last seen; what ends a drain.
     last_use: float = 0.0
 
+    def note_buffered(self, size: int) -> None:
+        """Count bytes that were put into a queue, or, negative, taken out of one."""
+        self.budget.used += size
+        self.buffered_bytes.value = self.budget.used
+
     def count_packet(self, segment: str, packet_type: str) -> None:
         self.metrics.stream_packets_total.labels(segment, packet_type).value += 1

@@ -25,6 +25,15 @@ _BACKLOG_LIMIT: Final = 1024 * 1024
 # PINGs of ours without an answer: a peer that goes on talking and leaves them is not slow.
 _PING_LIMIT: Final = 10_000
 
+# A peer's SETTINGS come with its first bytes (RFC 9113 §3.4).
+_GREETING_S: Final = 20.0
+
+# How long after the announcement the end is final at the latest.
+_GOAWAY_S: Final = 5.0
+
+# RFC 9113 §6.7
+_PING_ACK: Final = b"\x00\x00\x08\x06\x01\x00\x00\x00\x00"
+
 # Batches after which a busy connection lets the others run.
 _BATCHES: Final = 2
 
@@ -43,6 +52,7 @@ class Http2Connection:
 
     Attributes:
       lost: why the connection is over, or None.
+      at_fault: whether it is over because the peer broke a rule.
       draining: no more streams are opened on it; those that are open go on.
       on_idle: called once when the last stream of a draining connection has ended.
 
@@ -76,6 +86,7 @@ class Http2Connection:
         )
         self.streams: dict[int, Stream] = {}
         self.lost: str | None = None
+        self.at_fault = False
         self.draining = False
         self.on_idle: Callable[[], None] | None = None
         self._transport = transport
@@ -89,7 +100,9 @@ class Http2Connection:
         self._resets = Meter(limits.max_resets_per_s, 5 * limits.max_resets_per_s)
         self._pings: dict[bytes, _Ping] = {}
         self._ping_count = 0
-        self._last_read = trio.current_time()
+        self._opened = self._last_read = trio.current_time()
+        self._greeted = False
+        self._sent = 0
         self.h2.initiate_connection()
         self.h2.increment_flow_control_window(limits.connection_window - 65535)
 
@@ -104,7 +117,7 @@ class Http2Connection:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             try:
-                self.output.pull()
+                self.output.start()
                 await self._read()
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 self.lost = self.lost or f"connection broken: {error}"
@@ -137,17 +150,20 @@ class Http2Connection:
         """Dispatch one batch. Its buffers are lent to the handlers until the end of it."""
         self._last_read = trio.current_time()
         receiver = self._receiver
+        # Also what other connections' batches made it send: the peer's WINDOW_UPDATEs follow that too.
         sent = self.output.sent
+        receiver.moved += sent - self._sent
+        self._sent = sent
         try:
             receiver.receive(view, self._last_read)
         except H2Error as error:
             self.output.pull()
+            self.at_fault = True
             self.fail(f"protocol error: {error}")
         for stream in self._unsettled:
             if stream.handler is not None:
                 stream.handler.settle()
         self._unsettled.clear()
-        receiver.moved += self.output.sent - sent
         if self.lost:
             return
         if receiver.thirsty:
@@ -162,7 +178,11 @@ class Http2Connection:
             self.output.pull()
 
     def _end(self) -> None:
-        self.lost = self.lost or "cancelled"
+        if not self.lost:
+            # Cancelled: what is open does not go on, but the peer learns that it was no accident.
+            self.lost = "cancelled"
+            self.h2.final_goaway()
+            self.output.pull()
         with self._outbox:
             self.output.close()
             self._transport.close()
@@ -176,6 +196,7 @@ class Http2Connection:
             return
         self.lost = reason
         if code is not None:
+            self.at_fault = True
             self.h2.error_goaway(code, reason.encode())
             self.output.pull()
         self.output.close()
@@ -202,6 +223,13 @@ class Http2Connection:
             if handle is not None:
                 handle(self, event)
         self.output.pull()
+        self._check_backlog()
+
+    def answer_ping(self, payload: memoryview) -> None:
+        self.output.put(_PING_ACK + payload)
+        self._check_backlog()
+
+    def _check_backlog(self) -> None:
         if self.output.blocked and self.output.waiting > _BACKLOG_LIMIT:
             self.exceed("backlog", "the peer does not read its answers")
 
@@ -259,7 +287,7 @@ class Http2Connection:
         stream = self.streams.get(event.stream_id)
         if stream is None:
             return
-        if event.remote_reset and not stream.responded and not self._client:
+        if event.remote_reset and not stream.useful and not self._client:
             if not self._resets.spend(self._last_read):
                 self.exceed("resets", "too many streams reset")
         self._forget(stream, int(event.error_code), "stream reset by the peer", tell=True)
@@ -273,6 +301,7 @@ class Http2Connection:
             self.output.enqueue(stream)
 
     def _on_settings_changed(self, _event: events.RemoteSettingsChanged) -> None:
+        self._greeted = True
         self.output.max_frame_size = self.h2.max_outbound_frame_size
         for stream in self.streams.values():
             if stream.waiting:
@@ -322,7 +351,6 @@ class Http2Connection:
         if not stream.open or self.lost:
             return
         self.h2.send_headers(stream.id, headers, end_stream=end)
-        stream.responded = True
         if end and not stream.peer_ended:
             # grpc-go does the same: the answer is complete, whatever is still on its way up.
             self.h2.reset_stream(stream.id, ErrorCode.NO_ERROR)
@@ -369,6 +397,7 @@ class Http2Connection:
         self.h2.retire(stream.id)
         if tell and stream.handler is not None:
             stream.handler.on_reset(code, reason)
+        stream.schedule.clear()
         self._check_idle()
 
     def _check_idle(self) -> None:
@@ -401,7 +430,9 @@ class Http2Connection:
         """Keep alive: PING after *interval* seconds of silence, end *timeout* seconds later."""
         if self.lost:
             return
-        if self._pings:
+        if not self._greeted and now - self._opened > _GREETING_S:
+            self.fail("no HTTP/2 preface from the peer")
+        elif self._pings:
             oldest = next(iter(self._pings.values()))
             if now - max(oldest.sent, self._last_read) > timeout:
                 self.fail("keepalive ping failed to receive ACK within timeout")
@@ -421,8 +452,16 @@ class Http2Connection:
             return
         self.h2.announce_goaway()
         self.ping(self._final_goaway)
+        self.start_soon(self._insist)
+
+    async def _insist(self) -> None:
+        # A peer that does not even answer a PING must not use up the whole grace.
+        await trio.sleep(_GOAWAY_S)
+        self._final_goaway()
 
     def _final_goaway(self) -> None:
+        if self.draining:
+            return
         self.draining = True
         self.h2.final_goaway()
         self.output.pull()

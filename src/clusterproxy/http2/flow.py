@@ -14,8 +14,14 @@ from typing import Final
 
 Buffer = bytes | bytearray | memoryview
 
+_SMALL: Final = 32 * 1024
+
 #: Bytes that each flow may send in its turn.
 QUANTUM: Final = 64 * 1024
+
+
+def _nobody(_size: int) -> None:
+    """Nobody counts."""
 
 
 class Flow:
@@ -30,7 +36,7 @@ class Flow:
     __slots__ = ("deficit", "held", "messages", "on_drain", "queued", "scheduled", "taken")
 
     def __init__(self, on_drain: Callable[[int], None] | None = None) -> None:
-        self.messages: deque[Buffer] = deque()
+        self.messages: deque[bytearray] = deque()
         self.queued = 0
         self.taken = 0
         self.deficit = 0
@@ -42,12 +48,23 @@ class Flow:
 class Schedule:
     """Chooses the next message of a stream."""
 
-    __slots__ = ("_active", "_urgent", "urgent_put", "urgent_size", "urgent_taken")
+    __slots__ = (
+        "_active",
+        "_urgent",
+        "account",
+        "queued",
+        "urgent_put",
+        "urgent_size",
+        "urgent_taken",
+    )
 
     def __init__(self) -> None:
         self._active: deque[Flow] = deque()
         self._urgent: deque[Buffer] = deque()
         self.urgent_size = 0
+        #: Bytes that wait in flows, and who is told when that changes, by how much.
+        self.queued = 0
+        self.account: Callable[[int], None] = _nobody
         #: How many urgent messages have been queued, and how many of them have gone out.
         self.urgent_put = self.urgent_taken = 0
 
@@ -62,9 +79,27 @@ class Schedule:
 
     def put(self, flow: Flow, message: Buffer) -> None:
         """Add a message behind the others of its flow."""
-        flow.messages.append(message)
+        # Small messages share a buffer: an object for each would be many times what it holds. The
+        # first one does not grow: its size is what the flow's turn was granted for.
+        messages = flow.messages
+        if len(messages) > 1 and len(messages[-1]) < _SMALL:
+            messages[-1] += message
+        else:
+            messages.append(bytearray(message))
         flow.queued += len(message)
+        self._count(len(message))
         self.activate(flow)
+
+    def _count(self, size: int) -> None:
+        self.queued += size
+        self.account(size)
+
+    def clear(self) -> None:
+        """Forget everything, and count no more; the stream is gone."""
+        self._count(-self.queued)
+        self.account = _nobody
+        self._active.clear()
+        self._urgent.clear()
 
     def activate(self, flow: Flow) -> None:
         """Let a flow take part, if it has something to send and is not held."""
@@ -75,6 +110,7 @@ class Schedule:
     def drop(self, flow: Flow) -> int:
         """Forget what a flow has queued; return how many bytes that was."""
         dropped = flow.queued
+        self._count(-dropped)
         flow.messages.clear()
         flow.queued = flow.deficit = 0
         if flow.scheduled:
@@ -106,6 +142,7 @@ class Schedule:
             message = flow.messages.popleft()
             flow.deficit = max(0, flow.deficit - size)
             flow.queued -= size
+            self._count(-size)
             flow.taken += size
             if not flow.messages:
                 flow.deficit = 0

@@ -30,8 +30,8 @@ _HIGH_WATER: Final = 256 * 1024
 class Output:
     """Writes a connection's frames without waiting.
 
-    While the socket is full (``blocked``) messages stay in their streams' queues; only h2's own
-    frames are appended meanwhile.
+    While the socket is full, and before :meth:`start`, (``blocked``) messages stay in their streams'
+    queues; only h2's own frames are appended meanwhile.
 
     Args:
       spawn: starts the task that waits for room in the socket, the only writer then.
@@ -69,7 +69,7 @@ class Output:
         self._frames: list[Buffer] = []
         self._ready: dict[Stream, None] = {}
         self._posted = False
-        self.blocked = False
+        self.blocked = True
         self.closed = False
         self.max_frame_size = h2.max_outbound_frame_size
         #: Bytes of payload put out since the beginning.
@@ -118,11 +118,21 @@ class Output:
         """Take over h2's output, so that it stays in order with ours."""
         data = self._h2.data_to_send()
         if data:
-            self._frames.append(data)
-            self.waiting += len(data)
-            self.post()
+            self.put(data)
+
+    def put(self, frames: bytes) -> None:
+        """Put whole frames down that no window counts; they go out while the socket is full, too."""
+        self._frames.append(frames)
+        self.waiting += len(frames)
+        self.post()
 
     # -- writing -----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to write: from now on *spawn* works, should the socket be full."""
+        self.blocked = False
+        self.pull()
+        self.post()
 
     def enqueue(self, stream: Stream) -> None:
         """Note that a stream has something queued that may go now."""
@@ -156,7 +166,7 @@ class Output:
 
     def _pump(self) -> None:
         ready, h2 = self._ready, self._h2
-        while ready and not self.blocked and h2.outbound_flow_control_window > 0:
+        while ready and not self.blocked and not self.closed and h2.outbound_flow_control_window > 0:
             stream = next(iter(ready))
             del ready[stream]
             if stream.pump():

@@ -16,6 +16,9 @@ Header = tuple[bytes, bytes]
 # Answers that a peer asked for and does not fetch; more than this of them is not a slow peer.
 _URGENT_LIMIT: Final = 256 * 1024
 
+# Grants are gathered, but not from a peer that has less than this.
+_SMALL_GRANT: Final = 16 * 1024
+
 _TAKING: Final = memoryview(b"")
 
 
@@ -45,8 +48,13 @@ class Stream:
     looks at ``Flow.queued`` or is told by ``Flow.on_drain``.
 
     Receiving: the peer may always send ``window`` bytes more than were consumed. What the owner has
-    put into somebody else's queue it declares by :meth:`hold` and :meth:`release`; :meth:`pause`
-    withholds all credit.
+    put into somebody else's queue it declares by :meth:`hold` and :meth:`release`.
+
+    Attributes:
+      peer_ended: the peer will send nothing more.
+      useful: set by the owner once the stream has served its purpose; a peer that resets many
+        streams before that is cut off.
+      shared: set by the owner if what is sent here is asked for by others than the peer.
     """
 
     __slots__ = (
@@ -54,7 +62,6 @@ class Stream:
         "_held",
         "_output",
         "_partial",
-        "_paused",
         "_window",
         "connection",
         "h2",
@@ -63,8 +70,9 @@ class Stream:
         "low",
         "open",
         "peer_ended",
-        "responded",
         "schedule",
+        "shared",
+        "useful",
     )
 
     def __init__(
@@ -77,12 +85,12 @@ class Stream:
         self.handler: StreamHandler | None = None
         self.open = True
         self.peer_ended = False
-        self.responded = False
+        self.useful = False
+        self.shared = False
         self.schedule = Schedule()
         self.low = window - window // 4
         self._window = window
         self._held = 0
-        self._paused = 0
         self._partial: memoryview | None = None
         self._finish: Callable[[], None] | None = None
 
@@ -112,7 +120,7 @@ class Stream:
             self.schedule.put(flow, message)
         else:
             self.schedule.put_urgent(message)
-            if self.schedule.urgent_size > _URGENT_LIMIT:
+            if not self.shared and self.schedule.urgent_size > _URGENT_LIMIT:
                 self.connection.refuse_stream(self, "the peer does not fetch its answers")
                 return
         self._output.enqueue(self)
@@ -154,7 +162,7 @@ class Stream:
                 self._partial = _TAKING
                 message = self.schedule.take()
                 self._partial = None
-                if not self.open:
+                if self._gone():
                     return False
                 if message is None:
                     finish, self._finish = self._finish, None
@@ -175,6 +183,10 @@ class Stream:
             turn -= size
         return self.open
 
+    def _gone(self) -> bool:
+        # What on_drain does can end the stream while it is pumped.
+        return not self.open
+
     def _emit(self, size: int, head: Buffer, rest: tuple[Buffer, ...]) -> None:
         self.h2.outbound_flow_control_window -= size
         self.connection.h2.outbound_flow_control_window -= size
@@ -191,22 +203,11 @@ class Stream:
         self._held -= size
         self.credit()
 
-    def pause(self) -> None:
-        """Grant nothing until :meth:`resume` was called as often."""
-        self._paused += 1
-
-    def resume(self) -> None:
-        self._paused -= 1
-        self.credit()
-
-    @property
-    def paused(self) -> bool:
-        return self._paused > 0
-
     def credit(self) -> None:
-        """Grant what was consumed, if it is worth a frame."""
-        if self._paused or not self.open or self.peer_ended:
+        """Grant what was consumed, if it is worth a frame; to a peer that cannot send, little is."""
+        if not self.open or self.peer_ended:
             return
-        room = self._window - self._held - self.h2.inbound_flow_control_window
-        if room >= self._window // 4:
+        granted = self.h2.inbound_flow_control_window
+        room = self._window - self._held - granted
+        if room >= self._window // 4 or (room >= _SMALL_GRANT and granted < _SMALL_GRANT):
             self.connection.grant(self, room)

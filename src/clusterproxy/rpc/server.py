@@ -20,6 +20,7 @@ from clusterproxy.grpc import (
     parse_timeout,
     status_from_h2,
 )
+from clusterproxy.http2.adapter import ErrorCode
 from clusterproxy.http2.connection import Http2Connection
 
 from .call import Call
@@ -147,6 +148,12 @@ class ServerCall(Call):
         stream.when_sent(lambda: self.connection.send_headers(stream, headers, end=True))
         self._close(status, message)
 
+    def cancel(self) -> None:
+        """Reset the call at once, also where the peer leaves no window for an orderly end."""
+        if not self.closed:
+            self.connection.reset_stream(self.stream, ErrorCode.CANCEL)
+            self._close(Status.CANCELLED, "cancelled")
+
     # -- http2.stream.StreamHandler ----------------------------------------------------------------
 
     def on_headers(self, headers: list[Header]) -> None:
@@ -185,6 +192,7 @@ class RpcServer:
       methods: an opener for each path.
       limits: of each connection.
       on_limit: told the name of each limit that a peer exceeded.
+      peers: what the log calls whoever connects.
     """
 
     def __init__(
@@ -193,7 +201,9 @@ class RpcServer:
         *,
         limits: Http2Limits,
         on_limit: Callable[[str], None] | None = None,
+        peers: str = "a peer",
     ) -> None:
+        self._peers = peers
         self._methods = dict(methods)
         self._services = {path.rpartition("/")[0] for path in methods}
         self._limits = limits
@@ -201,8 +211,8 @@ class RpcServer:
         self.connections: set[Http2Connection] = set()
         self._draining = False
 
-    async def serve(self, transport: Transport) -> str:
-        """Serve one connection until it ends; return why it did.
+    async def serve(self, transport: Transport) -> None:
+        """Serve one connection until it ends; the log says why it did.
 
         Cancellation: closes it at once.
         """
@@ -223,7 +233,8 @@ class RpcServer:
             _log.exception("bug on a connection")
         finally:
             self.connections.discard(connection)
-        return connection.lost or ""
+            level = logging.WARNING if connection.at_fault else logging.DEBUG
+            _log.log(level, "connection of %s ended: %s", self._peers, connection.lost)
 
     def drain(self) -> None:
         """Announce the end to all connections; each is closed soon after its last call has ended."""

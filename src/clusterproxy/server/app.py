@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+import attrs
 import trio
 
 from clusterproxy.errors import ConfigError
@@ -23,7 +24,7 @@ from clusterproxy.telemetry.listener import serve_http_socket
 from clusterproxy.telemetry.server_metrics import ServerMetrics
 from clusterproxy.transport.listener import Handshakes, accept_forever, listen_tcp, listen_unix
 from clusterproxy.transport.reload import ReloadingContext
-from clusterproxy.transport.stream import tune
+from clusterproxy.transport.stream import Transport, tune
 from clusterproxy.transport.tls import server_context
 from clusterproxy.tunnel.budget import Budget
 
@@ -35,6 +36,12 @@ from .frontend import frontend_opener
 from .state import PacketCounters, ServerState
 
 _log = logging.getLogger("clusterproxy.server")
+
+# How often queues at rest are held against a budget that others have made smaller.
+_LOOK_S: Final = 5.0
+
+# An agent has one stream on its connection.
+_AGENT_STREAMS: Final = 100
 
 _PROXY: Final = "/ProxyService/Proxy"
 _CONNECT: Final = "/AgentService/Connect"
@@ -65,10 +72,16 @@ class ProxyServer:
             max_control_frames_per_s=config.max_control_frames_per_s,
         )
         self.frontends = RpcServer(
-            {_PROXY: frontend_opener(self.state)}, limits=limits, on_limit=self._count_limit
+            {_PROXY: frontend_opener(self.state)},
+            limits=limits,
+            on_limit=self._count_limit,
+            peers="a client",
         )
         self.agents = RpcServer(
-            {_CONNECT: backend_opener(self.state)}, limits=limits, on_limit=self._count_limit
+            {_CONNECT: backend_opener(self.state)},
+            limits=attrs.evolve(limits, max_streams=_AGENT_STREAMS),
+            on_limit=self._count_limit,
+            peers="an agent",
         )
         self.draining = False
         self._clients = 0
@@ -132,15 +145,17 @@ class ProxyServer:
     async def serve_agent(self, sock: socket.socket) -> None:
         """Serve one accepted connection of an agent."""
         transport = await self._handshakes.shake(sock, self._agent_tls.current())
-        if transport is None:
-            return
+        if transport is not None:
+            await self._serve_rpc(self.agents, transport)
+
+    async def _serve_rpc(self, server: RpcServer, transport: Transport) -> None:
         if transport.tls is not None and transport.tls.selected_alpn_protocol() != "h2":
             transport.close()
             self.metrics.handshake_failures_total.labels("alpn").inc()
+            _log.info("TLS handshake failed: the peer does not offer h2")
             return
-        tune(sock, user_timeout=True)
-        reason = await self.agents.serve(transport)
-        _log.debug("connection of an agent ended: %s", reason)
+        tune(transport.sock, user_timeout=True)
+        await server.serve(transport)
 
     async def serve_client(self, sock: socket.socket) -> None:
         """Serve one accepted connection of a client."""
@@ -149,16 +164,10 @@ class ProxyServer:
             transport = await self._handshakes.shake(sock, context)
             if transport is None:
                 return
-            if self.config.mode != "grpc":
+            if self.config.mode == "grpc":
+                await self._serve_rpc(self.frontends, transport)
+            else:
                 await ConnectTunnel(self.state, transport).run()
-                return
-            if transport.tls is not None and transport.tls.selected_alpn_protocol() != "h2":
-                transport.close()
-                self.metrics.handshake_failures_total.labels("alpn").inc()
-                return
-            tune(sock, user_timeout=True)
-            reason = await self.frontends.serve(transport)
-            _log.debug("connection of a client ended: %s", reason)
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
@@ -176,6 +185,7 @@ class ProxyServer:
         """Keep certificates fresh and connections alive, until cancelled."""
         config = self.config
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._look_at_queues)
             nursery.start_soon(self._agent_tls.watch)
             if self._client_tls is not None:
                 nursery.start_soon(self._client_tls.watch)
@@ -183,6 +193,11 @@ class ProxyServer:
             nursery.start_soon(
                 keep_alive, self.frontends.connections, config.frontend_keepalive_time_s
             )
+
+    async def _look_at_queues(self) -> None:
+        while True:
+            await trio.sleep(_LOOK_S)
+            self.state.look_at_queues()
 
     async def drain(self) -> None:
         """Take no more calls and wait for those that are open."""

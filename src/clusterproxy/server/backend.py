@@ -39,6 +39,10 @@ _log = logging.getLogger("clusterproxy.server")
 # Connections that the agent was asked to close and that it has not confirmed yet.
 _CLOSING_LIMIT: Final = 10_000
 
+# Dials that wait for an agent: in all, and in bytes that do not get to it.
+_PENDING_LIMIT: Final = 10_000
+_DIALS_LIMIT: Final = 128 * 1024
+
 # Answers to what an agent sent without need are left out while so much waits for it.
 _ADVISORY_LIMIT: Final = 64 * 1024
 
@@ -62,6 +66,9 @@ class Backend:
         self._closing: dict[int, None] = {}
         self._rejected = False
         self._retired = trio.Event()
+        # What is sent here is asked for by clients: it is not the agent's fault if it is much.
+        call.stream.shared = True
+        call.stream.schedule.account = state.note_buffered
         call.receive = self._receive
         call.on_half_close = self._retired.set
         call.on_close = self._on_close
@@ -85,7 +92,19 @@ class Backend:
         self.draining = True
         self._state.pool.remove(self)
         _log.warning("agent retired: %s", reason, extra={"agent_id": self.agent_id})
-        self._retired.set()
+        # Not by an orderly end: an agent that takes nothing would never see it.
+        self.call.cancel()
+
+    @property
+    def sent(self) -> int:
+        """Bytes that have gone to the agent's connection since its beginning."""
+        return self.call.connection.output.sent
+
+    @property
+    def saturated(self) -> bool:
+        """Whether so much waits for the agent already that another dial would only wait as well."""
+        waiting = self.call.stream.schedule.urgent_size
+        return waiting > _DIALS_LIMIT or len(self.dials) >= _PENDING_LIMIT
 
     def _on_close(self, status: Status, message: str) -> None:
         self._state.pool.remove(self)
@@ -119,6 +138,7 @@ class Backend:
         if self.connections.get(connection.connect_id) is not connection:
             return False
         del self.connections[connection.connect_id]
+        _log.debug("connection closed", extra=connection.log_fields)
         connection.guard.close()
         metrics = self._state.metrics
         metrics.established_connections.dec()

@@ -15,7 +15,7 @@ from clusterproxy.transport.outbox import current_outbox
 from clusterproxy.transport.sink import ByteSink
 from clusterproxy_proto import DialRequest
 
-from .connection import DIAL_TIMED_OUT, NO_AGENT, Client, Connection, PendingDial
+from .connection import DIAL_TIMED_OUT, MAX_ADDRESS, NO_AGENT, SATURATED, Client, Connection, PendingDial
 
 if TYPE_CHECKING:
     from clusterproxy.http2.flow import Buffer
@@ -83,6 +83,9 @@ class ConnectTunnel(Client):
             self._nursery = None
             self.sink.discard()
             if self._connection is not None:
+                if not self._connection.closing:
+                    # Not an orderly end: nobody is there to whom what it sent would matter.
+                    self._connection.drop_to_agent()
                 self._connection.leave()
                 self._connection.note_queue()
             self._transport.close()
@@ -90,12 +93,18 @@ class ConnectTunnel(Client):
 
     async def _serve(self) -> None:
         address, early = await self._read_request()
+        if len(address) > MAX_ADDRESS:
+            await self._answer(_bare(400, "Bad Request"))
         backend = self._state.pool.choose(address)
         if backend is None:
             self._state.count_dial_failure("no_agent")
-            _log.warning("dial of %s failed: no agent", address)
+            _log.warning("dial of %.256s failed: no agent", address)
             text = f"currently no tunnels available: {NO_AGENT}"
             await self._answer(_response(500, "text/plain", text))
+        if backend.saturated:
+            self._state.count_dial_failure("backend_close")
+            text = f"Failed to tunnel dial request: {SATURATED}\r\n"
+            await self._answer(_response(502, _PLAIN, text))
         request = DialRequest("tcp", address, secrets.randbits(63))
         dial = PendingDial(self._state, self, backend, request)
         try:
@@ -286,7 +295,6 @@ class ConnectConnection(Connection):
         super().__init__(state, dial, connect_id, tunnel.sink)
         self._tunnel = tunnel
         self._room = trio.Event()
-        self.to_agent.on_drain = self._drained_to_agent
         tunnel.sink.on_drain = self.note_queue
 
     async def room(self) -> None:
@@ -297,7 +305,7 @@ class ConnectConnection(Connection):
         else:
             await trio.lowlevel.checkpoint()
 
-    def _drained_to_agent(self, _size: int) -> None:
+    def _release(self, size: int) -> None:
         if self.to_agent.queued <= _HIGH_WATER // 2:
             self._room.set()
 

@@ -33,6 +33,11 @@ _log = logging.getLogger("clusterproxy.server")
 
 NO_AGENT: Final = "No agent available"
 DIAL_TIMED_OUT: Final = "timed out waiting for backend dial"
+SATURATED: Final = "too many dials wait for the agent"
+
+# A host name has at most 255 bytes; what is much longer only costs the agent's shared stream.
+MAX_ADDRESS: Final = 1024
+MAX_PROTOCOL: Final = 32
 
 
 class Client(ABC):
@@ -76,6 +81,7 @@ class PendingDial:
 
     __slots__ = (
         "_answered",
+        "_sent_before",
         "_sequence",
         "_state",
         "address",
@@ -104,6 +110,7 @@ class PendingDial:
         if self.wire_random != request.random:
             request = DialRequest(request.protocol, request.address, self.wire_random)
         state.count_packet("to_agent", "DIAL_REQ")
+        self._sent_before = backend.sent
         backend.call.send(encode(Packet.of(request)))
         self._sequence = backend.call.stream.schedule.urgent_put
         if state.dial_timeout_s < float("inf"):
@@ -115,10 +122,16 @@ class PendingDial:
         schedule = self.backend.call.stream.schedule
         return schedule.urgent_taken < self._sequence
 
+    @property
+    def pending(self) -> bool:
+        """Whether it still waits for its answer."""
+        return self.backend.dials.get(self.wire_random) is self
+
     def remove(self) -> bool:
         """Take it out of the table; return whether it was still there."""
-        if self.backend.dials.pop(self.wire_random, None) is None:
+        if not self.pending:
             return False
+        del self.backend.dials[self.wire_random]
         self._answered.set()
         self._state.metrics.pending_backend_dials.dec()
         return True
@@ -138,13 +151,13 @@ class PendingDial:
             return
         self._state.count_dial_failure("backend_dial_timeout")
         _log.warning(
-            "dial of %s timed out: agent %s did not answer",
+            "dial of %.256s timed out: agent %s did not answer",
             self.address,
             self.backend.agent_id,
             extra={"agent_id": self.backend.agent_id, "dial_id": self.random},
         )
-        if unsent:
-            self.backend.retire("a dial could not be sent to it")
+        if unsent and self.backend.sent == self._sent_before:
+            self.backend.retire("it took nothing while a dial waited for it")
         self.client.timed_out(self, unsent=unsent)
 
 
@@ -164,9 +177,12 @@ class Connection(ABC):
         self.connect_id = connect_id
         self.closing = False
         self.started = trio.current_time()
-        self.to_agent = Flow()
+        self.to_agent = Flow(self._release)
         stream = dial.backend.call.stream
-        self.guard = Guard(queue, state.budget, stream.pause, stream.resume)
+        self.guard = Guard(queue, state.budget, stream.hold, stream.release)
+        _log.debug(
+            "connection to %.256s opened", dial.address, extra={**self.log_fields, "dial_id": dial.random}
+        )
         # Before the client is told: if that fails, there is something to close.
         self.backend.adopt(self)
 
@@ -186,13 +202,16 @@ class Connection(ABC):
             self._hold(self.to_agent.queued - before)
 
     def _hold(self, size: int) -> None:
-        """Count bytes of the client that wait for the agent; what leaves counts in ``on_drain``."""
+        """Withhold bytes of the client's credit: they wait for the agent."""
+
+    def _release(self, size: int) -> None:
+        """Give back what has gone to the agent, or is lost with it."""
 
     def drop_to_agent(self) -> None:
-        """The agent is gone, and with it what waited for it."""
+        """Forget what waits for the agent: it is gone, or the client is that will not hear of it."""
         dropped = self.backend.call.stream.drop_flow(self.to_agent)
-        if dropped and self.to_agent.on_drain is not None:
-            self.to_agent.on_drain(dropped)
+        if dropped:
+            self._release(dropped)
 
     def send_to_agent(self, payload: Buffer) -> None:
         """Make a DATA message of a payload."""
@@ -234,7 +253,7 @@ class Connection(ABC):
     def note_queue(self) -> None:
         """Look at the client's queue after something was put in or taken out."""
         over = self.guard.update()
-        self._state.buffered_bytes.value = self._state.budget.used
+        self._state.note_queued(self)
         if over:
             self._spawn(self._watch)
 

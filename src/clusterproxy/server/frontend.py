@@ -28,7 +28,7 @@ from clusterproxy_proto import (
     encode,
 )
 
-from .connection import DIAL_TIMED_OUT, NO_AGENT, Client, Connection, PendingDial, data_head, data_message
+from .connection import DIAL_TIMED_OUT, MAX_ADDRESS, MAX_PROTOCOL, NO_AGENT, SATURATED, Client, Connection, PendingDial, data_head, data_message
 from .shield import Shield, needs_shield
 
 if TYPE_CHECKING:
@@ -94,6 +94,9 @@ class Frontend(Client):
         self._dials.clear()
         # A client that ends its side wants no more of what is queued, so that nothing outlives the call.
         for connection in (*self.connections.values(), *self._leaving):
+            if not self.call.stream.open and not connection.closing:
+                # Reset: nobody is there to whom what it sent would matter.
+                connection.drop_to_agent()
             connection.leave()
             connection.drop_to_client()
         self.connections.clear()
@@ -148,22 +151,39 @@ class Frontend(Client):
         self.call.send(encode(packet))
 
     def _on_dial_request(self, request: DialRequest) -> None:
+        reason, error = self._objection(request)
+        if error:
+            self._state.reject("from_client", reason)
+            self._send(DialResponse(error=error, random=request.random))
+            return
         backend = self._state.pool.choose(request.address)
         if backend is None:
             self._state.count_dial_failure("no_agent")
             _log.warning(
-                "dial of %s failed: no agent", request.address, extra={"dial_id": request.random}
+                "dial of %.256s failed: no agent", request.address, extra={"dial_id": request.random}
             )
             self._send(DialResponse(error=NO_AGENT, random=request.random))
-            self._deaf = True
+            # As upstream, but not if that would swallow the data of another connection.
+            self._deaf = not self.connections and not self._dials
             return
-        if request.random in self._dials or len(self._dials) >= _PENDING_LIMIT:
-            known = request.random in self._dials
-            self._state.reject("from_client", "duplicate_dial" if known else "too_many_dials")
-            error = "dial with this number is pending" if known else "too many pending dials"
-            self._send(DialResponse(error=error, random=request.random))
+        if backend.saturated:
+            self._state.count_dial_failure("backend_close")
+            self._send(DialResponse(error=SATURATED, random=request.random))
             return
-        self._dials[request.random] = PendingDial(self._state, self, backend, request)
+        dial = PendingDial(self._state, self, backend, request)
+        # It may have failed already, with the backend that could not take it.
+        if dial.pending:
+            self._dials[request.random] = dial
+
+    def _objection(self, request: DialRequest) -> tuple[str, str]:
+        """Return why a request is refused, as a label and as a text, or two empty strings."""
+        if len(request.address) > MAX_ADDRESS or len(request.protocol) > MAX_PROTOCOL:
+            return "long_address", "address or protocol too long"
+        if request.random in self._dials:
+            return "duplicate_dial", "dial with this number is pending"
+        if len(self._dials) >= _PENDING_LIMIT:
+            return "too_many_dials", "too many pending dials"
+        return "", ""
 
     def _on_data(self, data: Data) -> None:
         if not data.connect_id:
@@ -210,6 +230,7 @@ class Frontend(Client):
 
     def dialed(self, dial: PendingDial, connect_id: int) -> Connection:
         self._dials.pop(dial.random, None)
+        self.call.stream.useful = True
         connection = FrontendConnection(self._state, dial, connect_id, self)
         self.connections[connection.client_id] = connection
         self._send(DialResponse(connect_id=connection.client_id, random=dial.random))
@@ -300,7 +321,6 @@ class FrontendConnection(Connection):
         self._frontend = frontend
         self._write_duration = state.metrics.frontend_write_duration_seconds.labels()
         self.client_id = frontend.free_id(connect_id)
-        self.to_agent.on_drain = frontend.release
 
     def uncover(self) -> None:
         """The client knows the connection: nothing need be held back any more."""
@@ -321,6 +341,9 @@ class FrontendConnection(Connection):
 
     def _hold(self, size: int) -> None:
         self._frontend.hold(size)
+
+    def _release(self, size: int) -> None:
+        self._frontend.release(size)
 
     def from_agent(self, size: int, head: Buffer, rest: tuple[Buffer, ...], payload: int) -> None:
         flow = self.to_client

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from .backends import BackendPool
     from .config import ServerConfig
+    from .connection import Connection
 
 # "No limit" of --backend-dial-timeout.
 _FOR_EVER: Final = float("inf")
@@ -46,6 +47,27 @@ class ServerState:
     buffered_bytes: Cell = attrs.field(
         init=False, default=attrs.Factory(lambda self: self.metrics.buffered_bytes.labels(), takes_self=True)
     )
+
+    #: Connections with something that waits for their clients.
+    queued: set[Connection] = attrs.field(init=False, factory=set)
+
+    def note_buffered(self, size: int) -> None:
+        """Count bytes that were put into a queue, or, negative, taken out of one."""
+        self.budget.used += size
+        self.buffered_bytes.value = self.budget.used
+
+    def note_queued(self, connection: Connection) -> None:
+        """Note whether something waits for a connection's client."""
+        self.buffered_bytes.value = self.budget.used
+        if connection.guard.queued:
+            self.queued.add(connection)
+        else:
+            self.queued.discard(connection)
+
+    def look_at_queues(self) -> None:
+        """Hold queues at rest against their budget, which shrinks as others grow."""
+        for connection in list(self.queued):
+            connection.note_queue()
 
     @property
     def dial_timeout_s(self) -> float:

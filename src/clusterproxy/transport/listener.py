@@ -110,6 +110,7 @@ async def accept_forever(
 
     Cancellation: closes the listener; what was accepted goes on.
     """
+    full = False
     with listener:
         while True:
             await trio.lowlevel.wait_readable(listener)
@@ -120,10 +121,14 @@ async def accept_forever(
                     break
                 except OSError as error:
                     if error.errno in _CAPACITY:
-                        _log.error("cannot accept: %s", error.strerror)
+                        # One line for each time it lasts, not ten a second.
+                        if not full:
+                            _log.error("cannot accept: %s", error.strerror)
+                        full = True
                         await trio.sleep(_CAPACITY_WAIT_S)
                     # Anything else concerns the one connection that is gone already (accept(2)).
                     break
+                full = False
                 sock.setblocking(False)
                 nursery.start_soon(_serve_safely, serve, sock)
 

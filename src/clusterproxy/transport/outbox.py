@@ -39,11 +39,13 @@ class Outbox:
         self._depth += 1
 
     def __exit__(self, *_: object) -> None:
-        if self._depth == 1:
-            dirty = self._dirty
-            while dirty:
-                dirty.popitem()[0].flush()
-        self._depth -= 1
+        try:
+            if self._depth == 1:
+                dirty = self._dirty
+                while dirty:
+                    dirty.popitem()[0].flush()
+        finally:
+            self._depth -= 1
 
 
 _outbox: trio.lowlevel.RunVar[Outbox] = trio.lowlevel.RunVar("clusterproxy.outbox")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from .stream import Buffer, Transport
+
+_log = logging.getLogger("clusterproxy.transport")
+
+_SMALL: Final = 32 * 1024
 
 # One write takes at most so much of the queue.
 _CHUNK: Final = 256 * 1024
@@ -60,7 +65,7 @@ class ByteSink:
         self._spawn = spawn
         self._on_broken = on_broken
         self._outbox = current_outbox()
-        self._queue: deque[Buffer] = deque()
+        self._queue: deque[bytearray] = deque()
         self._lent: list[Buffer] = []
         self._posted = False
         self._writing = False
@@ -76,16 +81,32 @@ class ByteSink:
             return
         if self._writing:
             for part in parts:
-                self._queue.append(bytes(part))
-                self.queued += len(part)
+                self._enqueue(part)
             return
         self._lent.extend(parts)
         if not self._posted:
             self._posted = True
             self._outbox.post(self)
 
+    def _enqueue(self, part: Buffer) -> None:
+        # Small parts share a buffer: an object for each would be many times what it holds.
+        queue = self._queue
+        if queue and len(queue[-1]) < _SMALL:
+            queue[-1] += part
+        else:
+            queue.append(bytearray(part))
+        self.queued += len(part)
+
     def flush(self) -> None:
-        """Write what was lent in this batch."""
+        """Write what was lent in this batch; never raises."""
+        try:
+            self._flush()
+        except Exception:
+            # Flushed at the end of somebody else's batch: a bug here is not theirs.
+            _log.exception("bug while writing")
+            self._break("internal error")
+
+    def _flush(self) -> None:
         self._posted = False
         lent = self._lent
         if not lent or self.broken:

@@ -2,7 +2,7 @@
 
 A reader never waits for a consumer. Where the source of a queue is shared by others, only two things
 can be done about a consumer that does not keep up: withhold the source's credit, which slows all who
-share it, or close that one connection. :class:`Guard` does the first while there is progress;
+share it, or close that one connection. :class:`Guard` does the first, as little as possible;
 :class:`StallClock` says when there is none any more. See "Isolation" in docs/architecture.md.
 """
 
@@ -59,32 +59,46 @@ class Budget:
 class Guard:
     """Keeps one queue with a shared source within its budget.
 
+    The source is held for what the queue has too much, no more: so it brings as much as this consumer
+    takes, and its other connections live on that. Holding it until the queue is small again would
+    stop them for as long as that takes.
+
     Args:
-      pause, resume: withhold the source's credit, and grant it again.
+      hold, release: withhold so many bytes of the source's credit, and grant them again.
     """
 
-    __slots__ = ("_budget", "_closed", "_counted", "_pause", "_queue", "_resume", "_watched", "over")
+    __slots__ = ("_budget", "_closed", "_counted", "_held", "_hold", "_queue", "_release", "_watched")
 
     def __init__(
         self,
         queue: Queue,
         budget: Budget,
-        pause: Callable[[], None],
-        resume: Callable[[], None],
+        hold: Callable[[int], None],
+        release: Callable[[int], None],
     ) -> None:
         self._queue = queue
         self._budget = budget
-        self._pause = pause
-        self._resume = resume
+        self._hold = hold
+        self._release = release
         self._counted = 0
+        self._held = 0
         self._closed = False
         self._watched = False
-        self.over = False
 
     @property
     def taken(self) -> int:
         """Bytes that the consumer has taken since the beginning."""
         return self._queue.taken
+
+    @property
+    def queued(self) -> int:
+        """Bytes that wait for the consumer."""
+        return self._queue.queued
+
+    @property
+    def over(self) -> bool:
+        """Whether the queue is over its budget, which depends on all the others."""
+        return self._counted > self._budget.limit
 
     def update(self) -> bool:
         """Look at the queue after it changed; return True when it has gone over its budget unwatched.
@@ -94,17 +108,16 @@ class Guard:
         queued = self._queue.queued
         self._budget.used += queued - self._counted
         self._counted = queued
-        limit = self._budget.limit
-        if self.over:
-            if queued <= limit // 2:
-                self.over = False
-                self._resume()
-        elif queued > limit and not self._closed:
-            self.over = True
-            self._pause()
-            if not self._watched:
-                self._watched = True
-                return True
+        excess = max(0, queued - self._budget.limit)
+        held = 0 if self._closed else excess
+        if held > self._held:
+            self._hold(held - self._held)
+        elif held < self._held:
+            self._release(self._held - held)
+        self._held = held
+        if excess and not self._watched:
+            self._watched = True
+            return True
         return False
 
     def watch(self) -> bool:
@@ -113,14 +126,14 @@ class Guard:
         A queue may go over its budget and back many times between two looks of its one watcher.
         """
         self._watched = self.over
-        return self.over
+        return self._watched
 
     def close(self) -> None:
         """Let the source go: nothing more comes from it. What is queued counts until it is gone."""
         self._closed = True
-        if self.over:
-            self.over = False
-            self._resume()
+        if self._held:
+            self._release(self._held)
+            self._held = 0
 
 
 class StallClock:
