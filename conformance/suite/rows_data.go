@@ -259,7 +259,11 @@ func rowSpeaksFirst(t *T, o ServerOpts) {
 		t.notes = t.notes[:min(len(t.notes), 3)]
 		t.mu.Unlock()
 	}
-	if err := t.poll(12*time.Second, func() error {
+	limit := 12 * time.Second // with half-close the server may linger for 10 s
+	if t.Pairing.Server == Go {
+		limit = 2 * time.Second
+	}
+	if err := t.poll(limit, func() error {
 		if n := a.Metric("open_endpoint_connections"); n != 0 {
 			return fmt.Errorf("%v connections of the agent are left open", n)
 		}

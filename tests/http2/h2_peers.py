@@ -224,7 +224,7 @@ class Wired:
 
 async def until(condition: Callable[[], object]) -> None:
     """Wait for what a task or a socket brings about."""
-    while not condition():
+    while not condition():  # noqa: ASYNC110  there is no event for it
         await trio.sleep(0.001)
 
 

@@ -449,7 +449,6 @@ async def test_a_sender_stays_within_the_window_of_the_stream() -> None:
     stream.send(None, 2, b"!!")
     # Part of a message is on its way, so the urgent one waits for the rest of it.
     assert data_of(wired.take_sent(), 1) == b"0123456789"
-    assert stream.waiting
     wired.receive(window_update(1, 6))
     assert data_of(wired.take_sent(), 1) == b"abcdef"
     wired.receive(window_update(1, 100))
@@ -896,11 +895,11 @@ async def test_a_continuation_flood() -> None:
     wired, peer = server(0, limits=LOW)
     block = peer.encoder.encode(REQUEST)
     wired.receive(raw(HEADERS, 0, 1, block))
-    for n in range(200):
+    taken = 0
+    while not wired.connection.lost:
         wired.receive(raw(CONTINUATION, 0, 1, bytes(100)))
-        if wired.connection.lost:
-            break
-    assert n <= 20
+        taken += 1
+    assert taken <= 20
     assert error_of(wired) == ErrorCodes.ENHANCE_YOUR_CALM
     assert wired.exceeded == ["header_list"]
 
@@ -945,12 +944,12 @@ async def test_a_peer_that_does_not_read_its_answers(nursery: trio.Nursery) -> N
     wired.transport.full = True
     wired.connection.ping()
     batch = raw(PING, 0, 0, bytes(8)) * 1000
-    for n in range(100):
+    taken = 0
+    while not wired.connection.lost:
         wired.receive(batch)
         wired.connection._receiver.moved = 10**9  # not the business of this test
-        if wired.connection.lost:
-            break
-    assert 50 < n < 70, "17 KB of answers to a batch, 1 MiB in all"
+        taken += 1
+    assert taken == 2**20 // 17_000 + 1, "17,000 bytes of answers to a batch"
     assert wired.exceeded == ["backlog"]
     assert wired.connection.lost == "the peer does not read its answers"
 
@@ -1058,11 +1057,60 @@ async def test_keepalive(autojump_clock: MockClock) -> None:
     wired.receive(data(1, b"alive"))
     await trio.sleep(20)
     assert look() == []
-    assert connection.lost is None
     await trio.sleep(1)
     assert look() == []
     assert connection.lost == "keepalive ping failed to receive ACK within timeout"
     assert wired.transport.closed
+
+
+async def test_a_peer_that_never_greets(autojump_clock: MockClock) -> None:
+    wired, greeted = Wired(), Wired(client=True)
+    greeted.receive(settings({}))
+    await trio.sleep(20)
+    wired.receive(PREFACE)
+    for one in (wired, greeted):
+        one.connection.check_alive(trio.current_time(), 30, 20)
+    assert wired.connection.lost is None
+    await trio.sleep(0.5)
+    for one in (wired, greeted):
+        one.connection.check_alive(trio.current_time(), 30, 20)
+    assert greeted.connection.lost is None
+    assert wired.transport.closed
+    assert "preface" in str(wired.connection.lost)
+
+
+@pytest.mark.parametrize("cut", [1, 8, 9, 16, 17])
+async def test_a_ping_that_is_cut_is_answered_too(cut: int) -> None:
+    wired, _ = server()
+    frame = raw(PING, 0, 0, b"question")
+    wired.receive(frame[:cut])
+    wired.receive(frame[cut:] + data(1, b"x"))
+    [sent] = frames_of(wired)
+    assert isinstance(sent, PingFrame)
+    assert (sent.opaque_data, set(sent.flags)) == (b"question", {"ACK"})
+    assert wired.handlers[1].data == b"x"
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        (raw(PING, 0, 1, bytes(8)), ErrorCodes.PROTOCOL_ERROR),
+        (raw(PING, 0, 0, bytes(7)), ErrorCodes.FRAME_SIZE_ERROR),
+        (raw(PING, ACK, 0, bytes(9)), ErrorCodes.FRAME_SIZE_ERROR),
+    ],
+)
+async def test_a_wrong_ping(frame: bytes, code: ErrorCodes) -> None:
+    wired, _ = server()
+    wired.receive(frame)
+    assert error_of(wired) in (code, ErrorCodes.PROTOCOL_ERROR)
+
+
+async def test_answers_stay_in_order() -> None:
+    wired, _ = server()
+    wired.receive(
+        raw(PING, 0, 0, b"1" * 8), settings({}), raw(PING, 0, 0, b"2" * 8), raw(PING, 8, 0, b"3" * 8)
+    )
+    assert types(frames_of(wired)) == ["Ping", "Settings", "Ping", "Ping"]
 
 
 # -- the end ---------------------------------------------------------------------------------------------
@@ -1084,7 +1132,6 @@ async def test_an_announced_end() -> None:
     connection.announce_end()
     # What was on its way is taken.
     wired.receive(peer.headers(3, REQUEST))
-    assert not connection.draining
     sent = answer_pings(wired)
     assert types(sent) == ["GoAway", "Ping"]
     assert connection.draining
@@ -1104,6 +1151,31 @@ async def test_an_announced_end() -> None:
     wired.receive(raw(RST_STREAM, 0, 3, bytes(4)))
     assert idle == [True]
     assert connection.lost is None
+
+
+async def test_a_peer_that_ignores_the_announcement(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    wired, peer = server()
+    wired.connection._nursery = nursery
+    wired.connection.announce_end()
+    await trio.sleep(4)
+    wired.receive(peer.headers(3, REQUEST))
+    assert types(frames_of(wired)) == ["GoAway", "Ping"]
+    await trio.sleep(2)
+    [final] = goaways(wired.take_sent())
+    assert final.last_stream_id == 3
+    assert wired.connection.draining
+
+
+async def test_an_end_is_final_once(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    wired, _ = server()
+    wired.connection._nursery = nursery
+    wired.connection.announce_end()
+    answer_pings(wired)
+    assert len(goaways(wired.take_sent())) == 1
+    await trio.sleep(10)
+    assert wired.take_sent() == b""
 
 
 async def test_the_end_of_an_idle_connection() -> None:
@@ -1184,6 +1256,8 @@ async def test_every_stream_is_told_of_the_end_once() -> None:
     wired.connection._end()
     wired.connection._end()
     assert wired.connection.lost == "cancelled"
+    [sent] = goaways(wired.take_sent())
+    assert (sent.last_stream_id, sent.error_code) == (9, 0)
     assert all(h.reset == (ErrorCodes.CANCEL, "cancelled") for h in wired.handlers.values())
 
 

@@ -367,6 +367,15 @@ async def test_slow_request(autojump_clock: MockClock) -> None:
         assert trio.current_time() == pytest.approx(60)
 
 
+async def test_slow_body(autojump_clock: MockClock) -> None:
+    async with serving() as server:
+        client = await server.http()
+        await client.send_all(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
+        await exactly(client, NOT_ALLOWED % b"")
+        assert await rest(client, within=61) == b""
+        assert trio.current_time() == pytest.approx(60)
+
+
 async def test_request_too_large(autojump_clock: MockClock) -> None:
     async with serving(max_header_list_bytes=10_000) as server:
         client = await server.http()

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-import ssl
-from collections.abc import AsyncIterator
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -22,11 +20,16 @@ from clusterproxy.transport.reload import ReloadingContext
 from clusterproxy.transport.tls import client_context
 from clusterproxy.tunnel.budget import Budget
 
-from .config import AgentConfig
 from .dialer import ServerDialer
 from .resolver import Resolver
 from .servers import Servers
 from .state import AgentState, PacketCounters
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import AsyncIterator
+
+    from .config import AgentConfig
 
 _log = logging.getLogger("clusterproxy.agent")
 

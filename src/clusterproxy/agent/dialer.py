@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -12,7 +11,6 @@ import trio
 
 from clusterproxy import __version__
 from clusterproxy.errors import ClusterProxyError
-from clusterproxy.grpc import Metadata
 from clusterproxy.http2.connection import Http2Connection
 from clusterproxy.http2.limits import Http2Limits
 from clusterproxy.rpc.channel import start_call
@@ -25,7 +23,9 @@ from .session import Session
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import AsyncGenerator
 
+    from clusterproxy.grpc import Metadata
     from clusterproxy.transport.reload import ReloadingContext
 
     from .state import AgentState
@@ -60,7 +60,7 @@ class ServerDialer:
         self.connections: set[Http2Connection] = set()
 
     @contextlib.asynccontextmanager
-    async def open_session(self, host: str, port: int) -> AsyncIterator[Session]:
+    async def open_session(self, host: str, port: int) -> AsyncGenerator[Session]:
         """Connect and greet; the session's connection is closed on leaving.
 
         Raises:
@@ -98,7 +98,7 @@ class ServerDialer:
             await transport.handshake()
             # As grpc-go: a server that selects no protocol is none of ours.
             if transport.tls is None or transport.tls.selected_alpn_protocol() is None:
-                raise ServerUnreachable("missing selected ALPN property")
+                raise ServerUnreachable("missing selected ALPN property")  # noqa: TRY301
         except BaseException:
             transport.close()
             raise

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import socket
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -20,6 +18,9 @@ from clusterproxy.tunnel.budget import Guard
 from clusterproxy_proto import CloseResponse, Packet, data_header, encode
 
 if TYPE_CHECKING:
+    import socket
+    from collections.abc import Awaitable, Callable
+
     from clusterproxy.rpc.call import Call
 
     from .state import AgentState

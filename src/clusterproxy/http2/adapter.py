@@ -15,7 +15,7 @@ from h2.connection import ConnectionState, H2Connection
 from h2.errors import ErrorCodes as ErrorCode
 from h2.exceptions import H2Error, ProtocolError as H2ProtocolError
 from h2.settings import SettingCodes, Settings
-from h2.stream import H2Stream, StreamClosedBy
+from h2.stream import H2Stream
 from hpack.exceptions import HPACKError
 from hyperframe.frame import GoAwayFrame
 
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["Adapter", "ErrorCode", "H2Error", "H2Stream", "events"]
 
 Header = tuple[bytes, bytes]
-
-#: RFC 9113 §6.9.1
-LARGEST_WINDOW: Final = 2**31 - 1
 
 # RFC 9113 §6.8: the last stream id of a GOAWAY that only announces the end.
 _ALL_STREAMS: Final = 2**31 - 1
@@ -78,7 +75,6 @@ class Adapter(H2Connection):
         self.max_inbound_frame_size = max_frame_size
         self.decoder.max_header_list_size = max_header_list
         self._max_streams = max_streams
-        self._going_away = False
 
     # -- the ledger of windows ---------------------------------------------------------------------
 
@@ -120,10 +116,6 @@ class Adapter(H2Connection):
         if stream is not None and stream.closed:
             del self.streams[stream_id]
             self._closed_streams[stream_id] = stream.closed_by
-
-    def closed_by_peer(self, stream_id: int) -> bool:
-        """Whether a stream that is gone was ended by the peer's RST_STREAM."""
-        return self._closed_streams.get(stream_id) is StreamClosedBy.RECV_RST_STREAM
 
     # -- GOAWAY ------------------------------------------------------------------------------------
 

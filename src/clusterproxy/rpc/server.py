@@ -162,6 +162,9 @@ class ServerCall(Call):
     def on_end(self) -> None:
         if self.closed:
             return
+        if self._assembler.pending:
+            self.abort(Status.INTERNAL, "unexpected EOF")
+            return
         try:
             self.on_half_close()
         except Exception:

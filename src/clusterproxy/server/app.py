@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-import socket
-import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import attrs
 import trio
@@ -30,10 +27,16 @@ from clusterproxy.tunnel.budget import Budget
 
 from .backend import backend_opener
 from .backends import BackendPool
-from .config import ServerConfig
 from .connect import ConnectTunnel
 from .frontend import frontend_opener
 from .state import PacketCounters, ServerState
+
+if TYPE_CHECKING:
+    import socket
+    import ssl
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
+
+    from .config import ServerConfig
 
 _log = logging.getLogger("clusterproxy.server")
 
@@ -170,7 +173,7 @@ class ProxyServer:
                 await ConnectTunnel(self.state, transport).run()
 
     @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
+    def _counted(self) -> Generator[None]:
         self._clients += 1
         try:
             yield
@@ -209,12 +212,12 @@ class ProxyServer:
 
 
 @contextlib.asynccontextmanager
-async def _unlinked(path: str) -> AsyncIterator[None]:
+async def _unlinked(path: str) -> AsyncGenerator[None]:
     try:
         yield
     finally:
         if path:
-            Path(path).unlink(missing_ok=True)
+            Path(path).unlink(missing_ok=True)  # noqa: ASYNC240  at the end of the program
 
 
 async def run_server(config: ServerConfig) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -29,6 +28,8 @@ from clusterproxy_proto import (
 from .connection import data_message
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from clusterproxy.rpc.server import ServerCall
 
     from .connection import Connection, PendingDial

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from clusterproxy.tunnel.identifiers import Identifiers, destination_host
+from clusterproxy.tunnel.identifiers import destination_host
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from clusterproxy.telemetry.server_metrics import ServerMetrics
 
     from .backend import Backend
-
-
-class _Member(Protocol):
-    agent_id: str
-    identifiers: Identifiers
-    draining: bool
 
 
 class Strategy:

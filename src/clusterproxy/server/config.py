@@ -74,7 +74,7 @@ class ServerConfig:
     backend_dial_timeout_s: float = 28.0
     """How long a dial may wait for the agent's answer; 0 is no limit."""
 
-    max_handshakes: int = 128
+    max_handshakes: int = 512
     max_concurrent_streams: int = 10_000
     max_header_list_bytes: int = 65_536
     max_message_bytes: int = 4_194_304

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final, Never
 
 import h11
@@ -15,9 +14,19 @@ from clusterproxy.transport.outbox import current_outbox
 from clusterproxy.transport.sink import ByteSink
 from clusterproxy_proto import DialRequest
 
-from .connection import DIAL_TIMED_OUT, MAX_ADDRESS, NO_AGENT, SATURATED, Client, Connection, PendingDial
+from .connection import (
+    DIAL_TIMED_OUT,
+    MAX_ADDRESS,
+    NO_AGENT,
+    SATURATED,
+    Client,
+    Connection,
+    PendingDial,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from clusterproxy.http2.flow import Buffer
     from clusterproxy.transport.stream import Transport
 
@@ -28,8 +37,8 @@ _log = logging.getLogger("clusterproxy.server")
 # As Go's net/http, which reads on so far to keep a connection.
 _MAX_SKIPPED_BODY: Final = 256 * 1024
 
-# How long a client may take to read a refusal.
-_REFUSAL_S: Final = 1.0
+# How long a client may take to read the end and to close.
+_PART_S: Final = 1.0
 
 # Upstream's ReadHeaderTimeout.
 _HEADER_TIMEOUT_S: Final = 60.0
@@ -120,9 +129,11 @@ class ConnectTunnel(Client):
 
     async def _read_request(self) -> tuple[str, bytes]:
         """Return the target of the first CONNECT, and what came behind it."""
-        received = b""
+        head = received = b""
+        body: int | None = 0
         while True:
             with trio.move_on_after(_HEADER_TIMEOUT_S) as timeout:
+                received = await self._skip(received, body or 0)
                 head, received = await self._read_head(received)
             if timeout.cancelled_caught:
                 raise _Refused
@@ -131,7 +142,6 @@ class ConnectTunnel(Client):
                 return request.target.decode("ascii"), received
             body = _body_to_skip(request)
             await self._answer_method(keep=body is not None)
-            received = await self._skip(received, body or 0)
 
     async def _skip(self, received: bytes, size: int) -> bytes:
         """Skip a request's body; return what came behind it."""
@@ -195,7 +205,7 @@ class ConnectTunnel(Client):
 
     async def _answer(self, data: bytes) -> Never:
         """Send an answer, and end the connection."""
-        with trio.move_on_after(_REFUSAL_S):
+        with trio.move_on_after(_PART_S):
             await self._write(data)
             await self._part()
         raise _Refused
@@ -222,18 +232,18 @@ class ConnectTunnel(Client):
         self._error = _response(status, _PLAIN, body)
         self._dialed.set()
 
-    def refused(self, dial: PendingDial, error: str) -> None:  # noqa: ARG002
+    def refused(self, dial: PendingDial, error: str) -> None:
         self._error = _response(_status_of(error), _PLAIN, error, close=True)
         self._dialed.set()
 
-    def withdrawn(self, dial: PendingDial) -> None:  # noqa: ARG002
+    def withdrawn(self, dial: PendingDial) -> None:
         self._fail(502, "Backend context error: context canceled\r\n")
 
-    def timed_out(self, dial: PendingDial, *, unsent: bool) -> None:  # noqa: ARG002
+    def timed_out(self, dial: PendingDial, *, unsent: bool) -> None:
         what = "Failed to tunnel dial request" if unsent else "Backend dial timeout"
         self._fail(504, f"{what}: {DIAL_TIMED_OUT}\r\n")
 
-    def backend_gone(self, dial: PendingDial) -> None:  # noqa: ARG002
+    def backend_gone(self, dial: PendingDial) -> None:
         self._fail(502, "Backend context error: context canceled\r\n")
 
     def spawn(self, function: Callable[..., Awaitable[None]], /, *args: object) -> None:
@@ -254,7 +264,7 @@ class ConnectTunnel(Client):
         sent = trio.Event()
         self.sink.finish(sent.set)
         await sent.wait()
-        with trio.move_on_after(_CLOSE_TIMEOUT_S):
+        with trio.move_on_after(_PART_S):
             await self._part()
 
     async def _copy_to_agent(self, connection: ConnectConnection, early: bytes) -> None:
@@ -309,14 +319,14 @@ class ConnectConnection(Connection):
         if self.to_agent.queued <= _HIGH_WATER // 2:
             self._room.set()
 
-    def from_agent(self, size: int, head: Buffer, rest: tuple[Buffer, ...], payload: int) -> None:  # noqa: ARG002
+    def from_agent(self, size: int, head: Buffer, rest: tuple[Buffer, ...], payload: int) -> None:
         self._state.data_packets.to_client.value += 1
         sink = self._tunnel.sink
         sink.send((memoryview(head)[payload:], *rest))
         if sink.queued:
             self.note_queue()
 
-    def closed_by_agent(self, error: str) -> None:  # noqa: ARG002
+    def closed_by_agent(self, error: str) -> None:
         self.closing = True  # the agent need not be asked to close what it has closed
         self._tunnel.over()
 

@@ -201,10 +201,10 @@ class Connection(ABC):
         if self.to_agent.queued != before:
             self._hold(self.to_agent.queued - before)
 
-    def _hold(self, size: int) -> None:
+    def _hold(self, size: int) -> None:  # noqa: B027  nothing to withhold, unless overridden
         """Withhold bytes of the client's credit: they wait for the agent."""
 
-    def _release(self, size: int) -> None:
+    def _release(self, size: int) -> None:  # noqa: B027  the same
         """Give back what has gone to the agent, or is lost with it."""
 
     def drop_to_agent(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
@@ -28,10 +27,23 @@ from clusterproxy_proto import (
     encode,
 )
 
-from .connection import DIAL_TIMED_OUT, MAX_ADDRESS, MAX_PROTOCOL, NO_AGENT, SATURATED, Client, Connection, PendingDial, data_head, data_message
+from .connection import (
+    DIAL_TIMED_OUT,
+    MAX_ADDRESS,
+    MAX_PROTOCOL,
+    NO_AGENT,
+    SATURATED,
+    Client,
+    Connection,
+    PendingDial,
+    data_head,
+    data_message,
+)
 from .shield import Shield, needs_shield
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from clusterproxy.http2.flow import Buffer
     from clusterproxy.rpc.server import ServerCall
 
@@ -265,7 +277,7 @@ class Frontend(Client):
         self._dials.pop(dial.random, None)
         self._send(CloseDial(dial.random))
 
-    def timed_out(self, dial: PendingDial, *, unsent: bool) -> None:  # noqa: ARG002
+    def timed_out(self, dial: PendingDial, *, unsent: bool) -> None:
         self._fail(dial, DIAL_TIMED_OUT)
 
     def backend_gone(self, dial: PendingDial) -> None:

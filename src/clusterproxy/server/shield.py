@@ -70,7 +70,8 @@ class Shield:
             self._call.start_soon(self._release_later)
 
     async def _release_later(self) -> None:
-        while self._release_at is not None and trio.current_time() < self._release_at:
+        # The moment may move away meanwhile.
+        while self._release_at is not None and trio.current_time() < self._release_at:  # noqa: ASYNC110
             await trio.sleep_until(self._release_at)
         self._releasing = False
         if self._release_at is not None:

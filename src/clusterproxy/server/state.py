@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from clusterproxy.telemetry.server_metrics import ServerMetrics
-
 if TYPE_CHECKING:
     from clusterproxy.telemetry.cells import Cell
+    from clusterproxy.telemetry.server_metrics import ServerMetrics
     from clusterproxy.tunnel.budget import Budget
 
     from .backends import BackendPool
@@ -49,7 +48,7 @@ class ServerState:
     )
 
     #: Connections with something that waits for their clients.
-    queued: set[Connection] = attrs.field(init=False, factory=set)
+    queued: set[Connection] = attrs.field(init=False, factory=set["Connection"])
 
     def note_buffered(self, size: int) -> None:
         """Count bytes that were put into a queue, or, negative, taken out of one."""

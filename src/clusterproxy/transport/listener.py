@@ -33,6 +33,9 @@ _CAPACITY_WAIT_S: Final = 0.1
 # grpc-go gives 120 s; an honest handshake takes milliseconds.
 _HANDSHAKE_TIMEOUT_S: Final = 20.0
 
+# What a handshake may take while others wait for its place.
+_PATIENCE_S: Final = 1.0
+
 
 def listen_tcp(host: str, port: int, flag: str) -> socket.socket:
     """Return a listening socket; an empty *host* is all addresses, IPv4 and IPv6.
@@ -148,8 +151,9 @@ async def _serve_safely(
 class Handshakes:
     """Shakes hands with clients, at most so many at once.
 
-    When there are more, the one that has taken longest is given up: an honest one takes milliseconds,
-    so those that only hold a place do not keep others out.
+    When there are more, the next one waits until the one that has taken longest is done, or has taken
+    a second; then that is given up. An honest handshake takes milliseconds, so those that only hold a
+    place do not keep others out for long, and a burst of honest ones loses none.
 
     Args:
       on_count: told the number in flight whenever it changes.
@@ -162,7 +166,9 @@ class Handshakes:
         self._limit = limit
         self._on_count = on_count
         self._on_failure = on_failure
-        self._flying: dict[trio.CancelScope, None] = {}
+        # By when they began, the oldest first.
+        self._flying: dict[trio.CancelScope, float] = {}
+        self._room = trio.Event()
 
     async def shake(self, sock: socket.socket, context: ssl.SSLContext | None) -> Transport | None:
         """Return the transport, or None if the handshake failed; then the socket is closed.
@@ -173,13 +179,14 @@ class Handshakes:
         transport = Transport(sock, context, server_side=True)
         if context is None:
             return transport
-        if len(self._flying) >= self._limit:
-            oldest = next(iter(self._flying))
-            self._flying.pop(oldest)
-            oldest.cancel()
+        try:
+            await self._wait_for_room()
+        except BaseException:
+            transport.close()
+            raise
         reason = "timeout"
         with trio.move_on_after(_HANDSHAKE_TIMEOUT_S) as scope:
-            self._flying[scope] = None
+            self._flying[scope] = trio.current_time()
             self._on_count(len(self._flying))
             try:
                 await transport.handshake()
@@ -193,6 +200,7 @@ class Handshakes:
                 if scope not in self._flying:
                     reason = "displaced"
                 self._flying.pop(scope, None)
+                self._room.set()
                 self._on_count(len(self._flying))
                 if reason != "ok":
                     transport.close()
@@ -200,3 +208,15 @@ class Handshakes:
             return transport
         self._on_failure(reason)
         return None
+
+    async def _wait_for_room(self) -> None:
+        while len(self._flying) >= self._limit:
+            oldest, began = next(iter(self._flying.items()))
+            patience = began + _PATIENCE_S - trio.current_time()
+            if patience <= 0:
+                del self._flying[oldest]
+                oldest.cancel()
+                return
+            self._room = trio.Event()
+            with trio.move_on_after(patience):
+                await self._room.wait()
