@@ -316,7 +316,7 @@ class ServerWorld:
             metrics.grpc_connections,
             metrics.http_connections,
             metrics.full_receive_channels,
-            metrics.paused_streams,
+            metrics.connections_over_budget,
             metrics.buffered_bytes,
             metrics.ready_backends,
             metrics.ready_backend_connections,
@@ -497,7 +497,7 @@ class AgentWorld:
         assert not self.session.busy
         assert not self.open
         assert not self.state.budget.used
-        assert not values(self.metrics.paused_streams)
+        assert not values(self.metrics.connections_over_budget)
         assert not values(self.metrics.buffered_bytes)
 
 

@@ -406,7 +406,7 @@ def bulk(connect_id: int, size: int) -> list[Data]:
 
 
 def paused(agent: AgentWorld) -> tuple[float, float]:
-    return value(agent.metrics.paused_streams), value(agent.metrics.buffered_bytes)
+    return value(agent.metrics.connections_over_budget), value(agent.metrics.buffered_bytes)
 
 
 async def test_over_the_budget(autojump_clock: MockClock) -> None:

@@ -29,7 +29,7 @@ def bulk(connect_id: int, size: int) -> list[Data]:
 def paused(server: ServerWorld) -> tuple[float, float]:
     metrics = server.metrics
     full = value(metrics.full_receive_channels, "Connect")
-    assert value(metrics.paused_streams) == full
+    assert value(metrics.connections_over_budget) == full
     return full, value(metrics.buffered_bytes)
 
 

@@ -181,7 +181,7 @@ def test_buckets_are_upstreams() -> None:
     ids=["server", "agent"],
 )
 def test_what_stands_at_zero_from_the_start(metrics: ProgramMetrics, present: set[str]) -> None:
-    own = {"buffered_bytes", "handshakes_in_flight", "paused_streams"}
+    own = {"buffered_bytes", "handshakes_in_flight", "connections_over_budget"}
     assert {line for line in exposed(metrics).splitlines() if not line.startswith("#")} == (
         {f"{PREFIX}{name} 0" for name in present} | {f"clusterproxy_{name} 0" for name in own}
     )

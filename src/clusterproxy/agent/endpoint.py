@@ -189,11 +189,11 @@ class StreamEndpoint(Endpoint):
             self._spawn(self._watch)
 
     async def _watch(self) -> None:
-        self._state.metrics.paused_streams.inc()
+        self._state.metrics.connections_over_budget.inc()
         try:
             await watch_stall(self.guard, self._state.config.stall_timeout_s, self._stalled)
         finally:
-            self._state.metrics.paused_streams.dec()
+            self._state.metrics.connections_over_budget.dec()
 
     def _stalled(self) -> None:
         self._state.metrics.stalled_connections_total.labels("to_service").inc()

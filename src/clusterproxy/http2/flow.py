@@ -98,6 +98,8 @@ class Schedule:
         """Forget everything, and count no more; the stream is gone."""
         self._count(-self.queued)
         self.account = _nobody
+        for flow in self._active:
+            flow.scheduled = False
         self._active.clear()
         self._urgent.clear()
 

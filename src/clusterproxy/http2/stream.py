@@ -156,6 +156,12 @@ class Stream:
         while self.open and (turn > 0 or not self.waiting):
             if self._output.blocked:
                 return True
+            # A change of SETTINGS can make a window negative (RFC 9113 §6.9.2).
+            window = min(
+                self.h2.outbound_flow_control_window, connection_h2.outbound_flow_control_window
+            )
+            if window <= 0 and self.waiting:
+                return self.h2.outbound_flow_control_window > 0
             data = self._partial
             if data is None:
                 # What on_drain may send goes behind the message that is being taken.
@@ -170,13 +176,6 @@ class Stream:
                         finish()
                     return False
                 data = memoryview(message)
-            # A change of SETTINGS can make a window negative (RFC 9113 §6.9.2).
-            window = min(
-                self.h2.outbound_flow_control_window, connection_h2.outbound_flow_control_window
-            )
-            if window <= 0:
-                self._partial = data
-                return self.h2.outbound_flow_control_window > 0
             size = len(data)
             self._partial = data[window:] if size > window else None
             self._emit(min(size, window), data[:window], ())

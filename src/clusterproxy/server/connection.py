@@ -263,12 +263,12 @@ class Connection(ABC):
     async def _watch(self) -> None:
         metrics = self._state.metrics
         metrics.full_receive_channels.labels("Connect").inc()
-        metrics.paused_streams.inc()
+        metrics.connections_over_budget.inc()
         try:
             await watch_stall(self.guard, self._state.config.stall_timeout_s, self._stalled)
         finally:
             metrics.full_receive_channels.labels("Connect").dec()
-            metrics.paused_streams.dec()
+            metrics.connections_over_budget.dec()
 
     def _stalled(self) -> None:
         self._state.metrics.stalled_connections_total.labels("to_client").inc()

@@ -46,9 +46,9 @@ class ProgramMetrics:
         self.buffered_bytes = self._own_gauge(
             "buffered_bytes", "Bytes queued for consumers of proxied connections."
         )
-        self.paused_streams = self._own_gauge(
-            "paused_streams",
-            "Shared streams whose credit is withheld for a connection over its budget.",
+        self.connections_over_budget = self._own_gauge(
+            "connections_over_budget",
+            "Connections whose consumer does not keep up, so that more is queued than their budget.",
         )
         self.rejected_packets_total = self._own_counter(
             "rejected_packets_total",

@@ -33,7 +33,7 @@ class ByteSink:
 
     Attributes:
       queued: bytes that wait, in the queue or for room in the socket.
-      taken: bytes that the socket has taken since the beginning.
+      taken: bytes that the peer has taken since the beginning, as far as the kernel knows.
       on_drain: called whenever ``queued`` has shrunk, or has grown at the end of a batch.
       broken: whether a write failed; from then on everything is dropped.
 
@@ -50,12 +50,12 @@ class ByteSink:
         "_posted",
         "_queue",
         "_spawn",
+        "_taken",
         "_transport",
         "_writing",
         "broken",
         "on_drain",
         "queued",
-        "taken",
     )
 
     def __init__(
@@ -71,9 +71,15 @@ class ByteSink:
         self._writing = False
         self._finish: Callable[[], None] | None = None
         self.queued = 0
-        self.taken = 0
+        self._taken = 0
         self.broken = False
         self.on_drain: Callable[[], None] = lambda: None
+
+    @property
+    def taken(self) -> int:
+        # Not what went into the socket: its buffer may be megabytes, and the kernel tells of room only
+        # when a third of it is free, so a slow peer would seem to take nothing for a long time.
+        return self._taken - self._transport.outstanding()
 
     def send(self, parts: tuple[Buffer, ...]) -> None:
         """Send bytes; the buffers are lent for this batch."""
@@ -119,11 +125,11 @@ class ByteSink:
             self._break(str(error))
             return
         if sent:
-            self.taken += size
+            self._taken += size
             self._check_finish()
             return
         unsent = self._transport.unsent
-        self.taken += max(0, size - unsent)
+        self._taken += max(0, size - unsent)
         self.queued += unsent
         self._writing = True
         self._spawn(self._write)
@@ -160,7 +166,7 @@ class ByteSink:
         # TLS adds bytes of its own, so the count of what waits in the socket is only about right.
         size = max(0, min(size, self.queued))
         self.queued -= size
-        self.taken += size
+        self._taken += size
         self.on_drain()
 
     def finish(self, done: Callable[[], None]) -> None:

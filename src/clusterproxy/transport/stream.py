@@ -8,8 +8,11 @@ within the call as far as the socket takes it. See "The data path" in docs/archi
 from __future__ import annotations
 
 import errno
+import fcntl
 import socket
 import ssl
+import sys
+import termios
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, cast
@@ -121,6 +124,13 @@ class Transport:
     def unsent(self) -> int:
         """Bytes that :meth:`drain` has to send, as they go on the wire."""
         return len(self._unsent)
+
+    def outstanding(self) -> int:
+        """Return the bytes that were sent and that the peer's kernel has not taken (tcp(7), SIOCOUTQ)."""
+        try:
+            return int.from_bytes(fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        except (OSError, ValueError):
+            return 0
 
     @property
     def closed(self) -> bool:

@@ -32,8 +32,11 @@ class Queue(Protocol):
       taken: bytes that have left the queue since the beginning.
     """
 
-    queued: int
-    taken: int
+    @property
+    def queued(self) -> int: ...
+
+    @property
+    def taken(self) -> int: ...
 
 
 class Budget:
