@@ -587,6 +587,16 @@ RESET_3 = raw(RST_STREAM, 0, 3, b"\0\0\0\x08")
 @example(items=[("frame", FULL), ("frame", data(1, b"tail", end=True))], cuts=[10**6])
 @example(items=[("act", "hold", 1, 0)] + [("frame", FULL)] * 3, cuts=[5])
 @example(items=[("act", "reset", 1, 0)] + [("frame", FULL)] * 9, cuts=[9])
+@example(items=[("act", "hold", i, 0) for i in (1, 3, 5)] + [("frame", FULL)] * 3, cuts=[9])
+@example(
+    items=[("frame", Wire(data(i, bytes(16_384)))) for i in (1, 3, 5, 1, 3)], cuts=[10**6]
+)
+@example(
+    items=[("open", 0, 0, [(b"content-length", b"5")], 0), ("frame", Wire(data(7, b"123456")))],
+    cuts=[3],
+)
+@example(items=[("frame", Wire(data(1, b"", end=True))), ("frame", FULL)], cuts=[10**6])
+@example(items=[("headers", 7, REQUEST, 0, 1, data(1, b"amid it"))], cuts=[1])
 @example(items=[("frame", RESET_3), ("frame", data(3, bytes(500)))], cuts=[700])
 @example(items=[("frame", raw(PUSH_PROMISE, 0, 1, b"\0\0\0\x02\x82")), ("frame", FULL)], cuts=[10**6])
 @given(items=st.lists(items, max_size=25), cuts=cut_sizes)

@@ -79,6 +79,7 @@ def test_every_byte_goes_out_once_and_in_the_order_of_its_flow(
             assert flow.taken == len(done)
             assert flow.queued == sum(map(len, all_)) - flow.taken
             assert flow.scheduled == bool(flow.queued)
+            assert flow.queued or not flow.deficit, "who is idle saves nothing up"
     while take():
         pass
     assert taken == [b"".join(messages) for messages in put]
@@ -198,6 +199,31 @@ def test_activating_an_empty_flow() -> None:
     schedule = Schedule()
     schedule.activate(Flow())
     assert not schedule
+
+
+def test_what_waits_in_flows_is_counted() -> None:
+    schedule, changes = Schedule(), list[int]()
+    schedule.account = changes.append
+    flow, other, held = Flow(), Flow(), Flow()
+    held.held = True
+    for one in (flow, flow, other, held):
+        schedule.put(one, b"12345")
+    schedule.put_urgent(b"not counted")
+    assert (schedule.queued, changes) == (20, [5] * 4)
+    schedule.take()
+    assert schedule.take() == b"12345"
+    assert schedule.queued == 15
+    schedule.drop(other)
+    assert schedule.queued == sum(changes) == 10
+    schedule.clear()
+    assert schedule.queued == sum(changes) == 0
+    assert not schedule
+    assert schedule.take() is None
+    assert not flow.scheduled
+    counted = list(changes)
+    schedule.drop(flow)
+    schedule.drop(held)
+    assert changes == counted, "it counts no more"
 
 
 @pytest.mark.parametrize("held", [False, True])

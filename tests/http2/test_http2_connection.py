@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import hpack
 import pytest
@@ -25,6 +25,7 @@ from h2_peers import (
     RESPONSE,
     RST_STREAM,
     TRAILERS,
+    FakeTransport,
     Handler,
     Wired,
     data,
@@ -48,6 +49,7 @@ from hyperframe.frame import (
     SettingsFrame,
 )
 
+from clusterproxy.http2.connection import Http2Connection
 from clusterproxy.http2.flow import QUANTUM, Flow
 from clusterproxy.http2.limits import Http2Limits
 from clusterproxy.http2.stream import Stream
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from trio.testing import MockClock
 
     from clusterproxy.http2.stream import Header
+    from clusterproxy.transport.stream import Transport
 
 LARGEST = 2**31 - 1
 
@@ -530,6 +533,41 @@ async def test_flows_of_a_stream_share_it_and_streams_share_the_connection() -> 
     assert abs(flows[0].taken - flows[1].taken) <= 2 * QUANTUM
 
 
+async def test_what_is_sent_now_does_not_overtake_what_may_go_now() -> None:
+    wired, _ = server(window=0)
+    stream = answered(wired)
+    with current_outbox():
+        stream.send(None, 1, b"1")
+        wired.receive(window_update(1, 100))
+        stream.send(None, 1, b"2")
+    assert data_of(wired.take_sent(), 1) == b"12"
+
+
+async def test_a_stream_that_is_gone_does_not_wait_for_a_window() -> None:
+    wired, peer = Wired(), Peer()
+    wired.receive(PREFACE, settings({4: LARGEST}), peer.headers(1, REQUEST))
+    stream = answered(wired)
+    stream.send(None, 70_000, bytes(70_000))
+    assert stream in wired.connection.output._ready
+    wired.connection.reset_stream(stream, ErrorCodes.CANCEL)
+    assert not wired.connection.output._ready
+    wired.take_sent()
+    wired.receive(window_update(0, 10_000))
+    assert wired.take_sent() == b""
+
+
+async def test_nothing_is_written_before_the_start() -> None:
+    transport = FakeTransport()
+    connection = Http2Connection(cast("Transport", transport), client=True, limits=Http2Limits())
+    stream = connection.open_stream(REQUEST, Handler())
+    stream.send(None, 5, b"hello")
+    connection.announce_end()
+    assert transport.sent == b""
+    connection.output.start()
+    sent = parse_frames(transport.sent.removeprefix(PREFACE))
+    assert types(sent) == ["Settings", "WindowUpdate", "Headers", "GoAway", "Ping", "Data"]
+
+
 async def test_a_held_flow_and_its_release() -> None:
     wired, _ = server()
     stream, flow = answered(wired), Flow()
@@ -612,8 +650,7 @@ async def test_an_end_with_nothing_before_it_goes_at_once() -> None:
 async def test_answers_that_are_not_fetched() -> None:
     wired, _ = server(2, window=0)
     stream = answered(wired)
-    # One more than the limit: the first is already being sent.
-    for _ in range(257):
+    for _ in range(256):
         stream.send(None, 1024, bytes(1024))
     assert stream.open
     stream.send(None, 1, b"1")
@@ -856,6 +893,18 @@ async def test_floods_of_control_frames(
     assert "too many" in (wired.connection.lost or "")
 
 
+async def test_settings_cost_more_than_other_frames(autojump_clock: MockClock) -> None:
+    wired, _ = server()
+    for n in range(90):
+        wired.receive(settings({4: 70_000 + n}))
+    await trio.sleep(5)
+    for n in range(50):
+        wired.receive(settings({4: 70_000 + n}))
+    assert wired.connection.lost is None
+    wired.receive(settings({}) * 20)
+    assert wired.connection.lost == "too many SETTINGS"
+
+
 async def test_control_frames_at_a_bearable_rate(autojump_clock: MockClock) -> None:
     wired, _ = server(limits=LOW)
     for _ in range(50):
@@ -929,13 +978,16 @@ async def test_header_blocks_are_counted_one_by_one() -> None:
     assert len(wired.handlers) == 100
 
 
-async def test_data_amid_a_header_block() -> None:
-    for begin in (HEADERS, PUSH_PROMISE):
-        wired, peer = server()
-        block = (b"\0\0\0\x02" if begin == PUSH_PROMISE else b"") + peer.encoder.encode(REQUEST)
-        wired.receive(raw(begin, 0, 3, block), data(1, b"x"))
-        assert error_of(wired) == ErrorCodes.PROTOCOL_ERROR
-        assert wired.handlers[1].data == b""
+@pytest.mark.parametrize("begin", [HEADERS, PUSH_PROMISE])
+@pytest.mark.parametrize("amid", [data(1, b"x"), raw(PING, 0, 0, bytes(8))])
+@pytest.mark.parametrize("cut", [0, 5])
+async def test_something_amid_a_header_block(begin: int, amid: bytes, cut: int) -> None:
+    wired, peer = server()
+    block = (b"\0\0\0\x02" if begin == PUSH_PROMISE else b"") + peer.encoder.encode(REQUEST)
+    wired.receive(raw(begin, 0, 3, block), amid[:cut])
+    wired.receive(amid[cut:])
+    assert error_of(wired) == ErrorCodes.PROTOCOL_ERROR
+    assert wired.handlers[1].data == b""
 
 
 async def test_a_peer_that_does_not_read_its_answers(nursery: trio.Nursery) -> None:

@@ -69,7 +69,7 @@ def test_defaults_are_upstreams_but_for_the_better_ones() -> None:
         "graceful_shutdown_timeout_s": 25.0,
         "backend_dial_timeout_s": 28.0,
         # Ours.
-        "max_handshakes": 128,
+        "max_handshakes": 512,
         "max_concurrent_streams": 10_000,
         "max_header_list_bytes": 65_536,
         "max_message_bytes": 4_194_304,

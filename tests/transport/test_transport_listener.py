@@ -24,7 +24,7 @@ from clusterproxy.transport.stream import Transport
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
     from pathlib import Path
 
     from trio.testing import MockClock
@@ -257,21 +257,32 @@ async def test_without_descriptors_it_waits_and_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
 ) -> None:
     path = tmp_path / "socket"
-    listener = failing_listener(path, errno.EMFILE, errno.ENFILE, errno.ECONNABORTED)
+    listener = failing_listener(path, errno.EMFILE, errno.ENFILE, errno.EMFILE, errno.ECONNABORTED)
     accepting = Accepting(path, listener)
     start = trio.current_time()
     async with trio.open_nursery() as connections:
         scope = await connections.start(accepting.run, connections)
-        client = accepting.connect()
+        first = accepting.connect()
+        await trio.testing.wait_all_tasks_blocked()
+        # One line however long it lasts, and at once.
+        assert [record.getMessage() for record in caplog.records] == [
+            "cannot accept: Too many open files"
+        ]
         await accepting.some.wait()
         # Of these only a lack of descriptors is waited for.
-        assert trio.current_time() - start == pytest.approx(0.2)
+        assert trio.current_time() - start == pytest.approx(0.3)
+        # The next time is told again.
+        listener.failures.append(errno.ENOBUFS)
+        second = accepting.connect()
+        while len(accepting.served) < 2:
+            await trio.sleep(1)
         scope.cancel()
         accepting.end.set()
-    client.close()
+    first.close()
+    second.close()
     assert [record.getMessage() for record in caplog.records] == [
         "cannot accept: Too many open files",
-        "cannot accept: Too many open files in system",
+        "cannot accept: No buffer space available",
     ]
 
 
@@ -386,55 +397,139 @@ async def test_handshakes_that_fail(
     assert [record.getMessage() for record in caplog.records] == log
 
 
-async def test_the_oldest_makes_room_for_the_next() -> None:
+async def test_others_wait_for_a_place_in_their_order(autojump_clock: MockClock) -> None:
+    """A burst of honest clients loses none."""
     with no_leak():
         shaking = Handshaking(limit=2)
-        pairs = [socket_pair() for _ in range(3)]
+        pairs = [socket_pair() for _ in range(5)]
+        clients: list[Transport] = []
+        start = trio.current_time()
         async with trio.open_nursery() as nursery:
             for a, _ in pairs:
                 nursery.start_soon(shaking.shake, a)
                 await trio.testing.wait_all_tasks_blocked()
-            assert shaking.results == [None]
-            assert shaking.failures == ["displaced"]
-            assert max(shaking.counts) == 2
-            # The first one is closed, the others are served.
-            assert pairs[0][1].recv(1) == b""
-            clients = [await shake_client(b) for _, b in pairs[1:]]
+            assert shaking.counts == [1, 2]
+            # In flight are the first two; one that is done makes room for the third, and so on.
+            for n in (1, 2, 0, 3, 4):
+                await trio.sleep(0.1)
+                clients.append(await shake_client(pairs[n][1]))
+        assert trio.current_time() - start == pytest.approx(0.5)
+        assert max(shaking.counts) == 2
         assert shaking.counts[-1] == 0
-        for end in (*shaking.results[1:], *clients):
+        assert shaking.failures == []
+        for end in (*shaking.results, *clients):
             assert end is not None
             end.close()
-        pairs[0][1].close()
 
 
-async def test_one_that_is_displaced_as_it_ends() -> None:
-    """Finished in the same step in which its place was given away."""
+async def test_the_oldest_is_displaced_after_a_second(autojump_clock: MockClock) -> None:
+    with no_leak():
+        shaking = Handshaking(limit=2)
+        pairs = [socket_pair() for _ in range(4)]
+        async with trio.open_nursery() as nursery:
+            for a, _ in pairs[:2]:
+                nursery.start_soon(shaking.shake, a)
+                await trio.testing.wait_all_tasks_blocked()
+                await trio.sleep(0.4)
+            # At 0.8 s: the first has 0.2 s left, the second 0.6 s.
+            for a, _ in pairs[2:]:
+                nursery.start_soon(shaking.shake, a)
+                await trio.testing.wait_all_tasks_blocked()
+            await trio.sleep(0.19)
+            assert shaking.failures == []
+            await trio.sleep(0.02)
+            assert shaking.failures == ["displaced"]
+            assert pairs[0][1].recv(1) == b""
+            with pytest.raises(BlockingIOError):
+                pairs[1][1].recv(1)
+            await trio.sleep(0.38)
+            assert shaking.failures == ["displaced"]
+            await trio.sleep(0.02)
+            assert shaking.failures == ["displaced", "displaced"]
+            assert pairs[1][1].recv(1) == b""
+            assert max(shaking.counts) == 2
+            # Those that waited are served.
+            clients = [await shake_client(b) for _, b in pairs[2:]]
+        assert shaking.counts[-1] == 0
+        assert shaking.results[:2] == [None, None]
+        for end in (*shaking.results[2:], *clients):
+            assert end is not None
+            end.close()
+        for _, b in pairs[:2]:
+            b.close()
+
+
+async def test_one_that_has_had_its_second_makes_room_at_once(autojump_clock: MockClock) -> None:
     shaking = Handshaking(limit=1)
-    a, b = socket_pair()
+    (a, mute), (other, b) = socket_pair(), socket_pair()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(shaking.shake, a)
+        await trio.sleep(5)
+        start = trio.current_time()
+        nursery.start_soon(shaking.shake, other)
         client = await shake_client(b)
-        other, mute = socket_pair()
-        # The server's task has all it needs, and has not run yet.
-        shaking_other = shaking.handshakes.shake(other, shaking.context)
-        await cancelled(shaking_other)
-        mute.close()
-    assert shaking.results == [None]
+        assert trio.current_time() == start
     assert shaking.failures == ["displaced"]
-    client.close()
+    (none, transport) = shaking.results
+    assert none is None
+    assert transport is not None
+    for end in (transport, client, mute):
+        end.close()
 
 
-async def cancelled(attempt: Awaitable[object]) -> None:
-    with trio.CancelScope() as scope:
-        scope.cancel()
-        await attempt
+async def test_one_that_is_displaced_as_it_ends(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has all it needs, but has not run again when its place is given away."""
+
+    class Late(Transport):
+        async def handshake(self) -> None:
+            await super().handshake()
+            with trio.CancelScope(shield=True):
+                await trio.sleep(3)
+
+    monkeypatch.setattr("clusterproxy.transport.listener.Transport", Late)
+    with no_leak():
+        shaking = Handshaking(limit=1)
+        (a, b), (other, mute) = socket_pair(), socket_pair()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(shaking.shake, a)
+            client = await shake_client(b)
+            with trio.move_on_after(2):
+                await shaking.shake(other)
+        # The second one was displaced by nobody: it was cancelled.
+        assert shaking.results == [None]
+        assert shaking.failures == ["displaced"]
+        assert mute.recv(1) == b""
+        client.close()
+        mute.close()
 
 
-async def test_cancellation_closes_the_socket() -> None:
+async def test_cancellation_while_it_waits_for_a_place(autojump_clock: MockClock) -> None:
+    with no_leak():
+        shaking = Handshaking(limit=1)
+        (a, mute), (other, b) = socket_pair(), socket_pair()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(shaking.shake, a)
+            await trio.testing.wait_all_tasks_blocked()
+            with trio.move_on_after(0.5):
+                await shaking.shake(other)
+            assert b.recv(1) == b""
+            # The one in flight keeps its place.
+            client = await shake_client(mute)
+        assert (shaking.counts, shaking.failures) == ([1, 0], [])
+        (transport,) = shaking.results
+        assert transport is not None
+        for end in (transport, client, b):
+            end.close()
+
+
+async def test_cancellation_closes_the_socket(autojump_clock: MockClock) -> None:
     with no_leak():
         shaking = Handshaking()
         a, b = socket_pair()
-        await cancelled(shaking.handshakes.shake(a, shaking.context))
+        with trio.move_on_after(1):
+            await shaking.shake(a)
         assert b.recv(1) == b""
-        assert (shaking.counts, shaking.failures) == ([1, 0], [])
+        assert (shaking.results, shaking.counts, shaking.failures) == ([], [1, 0], [])
         b.close()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import trio
 
 from clusterproxy.transport.outbox import Outbox, current_outbox
@@ -38,6 +39,30 @@ def test_a_batch_is_written_once_at_its_end() -> None:
     assert (first.flushes, last.flushes) == (1, 1)
     outbox.post(last)
     assert last.flushes == 2
+
+
+def test_an_exception_ends_the_batch_as_well() -> None:
+    outbox = Outbox()
+    writer = Writer(outbox)
+    with pytest.raises(ValueError, match="oops"), outbox:
+        outbox.post(writer)
+        raise ValueError("oops")
+    assert writer.flushes == 1
+    outbox.post(writer)
+    assert writer.flushes == 2, "written at once again"
+
+
+def test_a_writer_that_breaks_its_promise_leaves_no_batch_open() -> None:
+    class Broken(Writer):
+        def flush(self) -> None:
+            raise ValueError("oops")
+
+    outbox = Outbox()
+    with pytest.raises(ValueError, match="oops"), outbox:
+        outbox.post(Broken(outbox))
+    writer = Writer(outbox)
+    outbox.post(writer)
+    assert writer.flushes == 1
 
 
 def test_each_event_loop_has_its_own() -> None:

@@ -26,7 +26,7 @@ class Consumer:
 
     def __attrs_post_init__(self) -> None:
         budget = Budget(each=FLOOR, total=FLOOR)
-        self.guard = Guard(self, budget, lambda: None, lambda: None)
+        self.guard = Guard(self, budget, lambda _size: None, lambda _size: None)
         assert self.guard.update()
 
     def give_up(self) -> None:
@@ -91,10 +91,28 @@ async def test_the_watch_ends_within_the_budget(autojump_clock: MockClock) -> No
     assert len(consumer.given_up) == 1
 
 
-async def test_a_closed_guard_is_not_watched(autojump_clock: MockClock) -> None:
+async def test_what_nobody_fetches_after_the_end_is_given_up(autojump_clock: MockClock) -> None:
     consumer = Consumer()
     consumer.guard.close()
-    assert await consumer.watch() == 0
+    assert await consumer.watch() == pytest.approx(TIMEOUT)
+    assert len(consumer.given_up) == 1
+
+
+async def test_a_consumer_within_its_budget_is_not_given_up_at_the_last_look(
+    autojump_clock: MockClock,
+) -> None:
+    """It was over it at every look but the last, and has taken little in all."""
+    consumer = Consumer()
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def _() -> None:
+            await trio.sleep(TIMEOUT - 0.1)
+            consumer.queued = FLOOR
+            consumer.taken += 1
+            consumer.guard.update()
+
+        assert await consumer.watch() == pytest.approx(TIMEOUT)
     assert not consumer.given_up
 
 

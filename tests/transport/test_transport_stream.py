@@ -690,3 +690,18 @@ def test_tune_does_not_mind_a_connection_that_is_gone() -> None:
     sock = socket.socket()
     os.close(sock.detach())
     tune(sock, user_timeout=True)
+
+
+def test_what_the_peer_has_not_taken() -> None:
+    a, b = socket_pair()
+    transport = Transport(a)
+    assert transport.outstanding() == 0
+    transport.send([bytes(5000)])
+    # A Unix socket also counts what holds the bytes.
+    assert 5000 <= transport.outstanding() < 20_000
+    assert len(b.recv(10_000)) == 5000
+    assert transport.outstanding() == 0
+    transport.send([b"x"])
+    transport.close()
+    assert transport.outstanding() == 0
+    b.close()

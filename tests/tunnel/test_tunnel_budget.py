@@ -18,29 +18,34 @@ class FakeQueue:
 
 
 class Source:
-    """A queue, its guard, and how often the source was paused and resumed."""
+    """A queue, its guard, and how much of the source's credit is withheld."""
 
     def __init__(self, budget: Budget) -> None:
         self.queue = FakeQueue()
-        self.pauses = 0
-        self.resumes = 0
+        self.held = 0
         self.watchers = 0
         self.closed = False
-        self.guard = Guard(self.queue, budget, self.pause, self.resume)
+        self.guard = Guard(self.queue, budget, self.hold, self.release)
 
-    def pause(self) -> None:
-        self.pauses += 1
+    def hold(self, size: int) -> None:
+        assert size > 0
+        self.held += size
 
-    def resume(self) -> None:
-        self.resumes += 1
+    def release(self, size: int) -> None:
+        assert size > 0
+        self.held -= size
 
     def update(self) -> None:
         if self.guard.update():
             self.watchers += 1
 
+    def queue_up(self, size: int) -> None:
+        self.queue.queued = size
+        self.update()
+
 
 class GuardMachine(RuleBasedStateMachine):
-    """Sources of one budget are filled, emptied, watched and closed."""
+    """Sources of one budget are filled, emptied, looked at, watched and closed."""
 
     @initialize(
         count=st.integers(1, 4), each=st.integers(0, 512 * KIB), total=st.integers(0, 1024 * KIB)
@@ -52,16 +57,22 @@ class GuardMachine(RuleBasedStateMachine):
     def source(self, index: int) -> Source:
         return self.sources[index % len(self.sources)]
 
+    def update(self, source: Source) -> None:
+        """After a look exactly what is too much is held, and whoever is over is watched."""
+        source.update()
+        queued = source.queue.queued
+        used = sum(other.queue.queued for other in self.sources)
+        limit = max(FLOOR, min(self.budget.each, self.budget.total - used))
+        assert source.held == (0 if source.closed else max(0, queued - limit))
+        assert source.guard.over == (queued > limit)
+        if queued > limit:
+            assert source.watchers == 1
+
     @rule(index=st.integers(0, 3), size=st.integers(1, 300 * KIB))
     def put(self, index: int, size: int) -> None:
         source = self.source(index)
-        was_over = source.guard.over
         source.queue.queued += size
-        source.update()
-        if not source.closed:
-            limit = max(FLOOR, min(self.budget.each, self.budget.total - self.budget.used))
-            assert limit == self.budget.limit
-            assert source.guard.over == (source.queue.queued > (limit // 2 if was_over else limit))
+        self.update(source)
 
     @rule(index=st.integers(0, 3), size=st.integers(1, 300 * KIB))
     def take(self, index: int, size: int) -> None:
@@ -69,28 +80,33 @@ class GuardMachine(RuleBasedStateMachine):
         size = min(size, source.queue.queued)
         source.queue.queued -= size
         source.queue.taken += size
-        assert source.guard.taken == source.queue.taken
-        source.update()
-        if not source.queue.queued:
-            assert not source.guard.over
+        assert (source.guard.queued, source.guard.taken) == (source.queue.queued, source.queue.taken)
+        self.update(source)
+
+    @rule(index=st.integers(0, 3))
+    def look(self, index: int) -> None:
+        self.update(self.source(index))
 
     @rule(index=st.integers(0, 3))
     def watch(self, index: int) -> None:
         source = self.source(index)
-        if source.watchers and not source.guard.watch():
-            source.watchers -= 1
+        if source.watchers:
+            over = source.guard.over
+            assert source.guard.watch() == over
+            source.watchers -= not over
 
     @rule(index=st.integers(0, 3))
     def close(self, index: int) -> None:
         source = self.source(index)
         source.closed = True
         source.guard.close()
+        assert source.held == 0
 
     @rule(index=st.integers(0, 3))
     def discard(self, index: int) -> None:
         source = self.source(index)
         source.queue.queued = 0
-        source.update()
+        self.update(source)
 
     @invariant()
     def used_is_the_sum_of_what_is_queued(self) -> None:
@@ -98,16 +114,15 @@ class GuardMachine(RuleBasedStateMachine):
         assert self.budget.limit >= FLOOR
 
     @invariant()
-    def pauses_and_resumes_balance(self) -> None:
+    def no_more_is_held_than_is_queued(self) -> None:
         for source in self.sources:
-            assert source.pauses - source.resumes == source.guard.over
-            if source.closed:
-                assert not source.guard.over
+            assert 0 <= source.held <= source.queue.queued
+            assert not (source.closed and source.held)
 
     @invariant()
-    def whoever_is_over_has_exactly_one_watcher(self) -> None:
+    def there_is_one_watcher_at_most(self) -> None:
         for source in self.sources:
-            assert source.guard.over <= source.watchers <= 1
+            assert 0 <= source.watchers <= 1
 
 
 TestGuards = GuardMachine.TestCase
@@ -117,33 +132,72 @@ TestGuards.settings = settings(max_examples=100, stateful_step_count=40)
 def test_many_queues_get_less_each() -> None:
     budget = Budget(each=1024 * KIB, total=2048 * KIB)
     assert budget.limit == 1024 * KIB
-    sources = [Source(budget) for _ in range(3)]
-    for source in sources[:2]:
-        source.queue.queued = 800 * KIB
-        source.update()
-    sources[2].queue.queued = 400 * KIB
-    sources[2].update()
-    assert [source.guard.over for source in sources] == [False, True, True]
-    # The last one is over because of the others, and goes on when they are done.
+    first, second, last = sources = [Source(budget) for _ in range(3)]
+    first.queue_up(800 * KIB)
+    second.queue_up(800 * KIB)
+    last.queue_up(400 * KIB)
+    # 448 KiB were left when the second one came, the floor when the last one did.
+    assert [source.held for source in sources] == [0, 352 * KIB, 336 * KIB]
+    assert [source.watchers for source in sources] == [0, 1, 1]
     assert budget.limit == FLOOR
-    for source in sources[:2]:
-        source.queue.queued = 0
-        source.update()
-    sources[2].update()
-    assert not sources[2].guard.over
+    # The first one has not moved, and is over because of the others: a look finds that.
+    assert first.guard.over
+    first.update()
+    assert (first.held, first.watchers) == (800 * KIB - FLOOR, 1)
+    # The last one is over because of the others, and goes on when they are done.
+    first.queue_up(0)
+    second.queue_up(0)
+    assert not last.guard.over
+    last.update()
+    assert [source.held for source in sources] == [0, 0, 0]
+
+
+def test_only_the_excess_is_held() -> None:
+    """The source brings as much as the consumer takes: others may live on that."""
+    source = Source(Budget(each=100 * KIB, total=1024 * KIB))
+    source.queue_up(100 * KIB)
+    assert (source.held, source.guard.over) == (0, False)
+    for queued in (101, 300, 299, 150, 250, 101):
+        source.queue_up(queued * KIB)
+        assert source.held == (queued - 100) * KIB
+    source.queue_up(100 * KIB)
+    assert (source.held, source.guard.over) == (0, False)
+
+
+def test_what_is_queued_counts_after_the_end_of_the_source() -> None:
+    budget = Budget(each=100 * KIB, total=1024 * KIB)
+    source = Source(budget)
+    source.queue_up(150 * KIB)
+    assert source.held == 50 * KIB
+    source.guard.close()
+    source.guard.close()
+    assert (source.held, budget.used) == (0, 150 * KIB)
+    # Who does not fetch it is still watched, but nothing is held any more.
+    assert source.guard.over
+    assert source.guard.watch()
+    source.queue_up(140 * KIB)
+    assert (source.held, budget.used, source.guard.over) == (0, 140 * KIB, True)
+    source.queue_up(0)
+    assert (budget.used, source.guard.over) == (0, False)
+    assert not source.guard.watch()
+    # And it gets over it only now, by what others have queued.
+    source.queue_up(FLOOR + 1)
+    assert not source.guard.over
+    budget.used += 1024 * KIB
+    assert source.guard.update()
+    assert source.held == 0
 
 
 def test_a_watcher_is_asked_for_again_only_when_the_last_has_gone() -> None:
     source = Source(Budget(each=FLOOR, total=FLOOR))
     for _ in range(3):
-        source.queue.queued = FLOOR + 1
-        source.update()
-        source.queue.queued = 0
-        source.update()
+        source.queue_up(FLOOR + 1)
+        source.queue_up(0)
     assert source.watchers == 1
     assert not source.guard.watch()
     source.queue.queued = FLOOR + 1
     assert source.guard.update()
+    assert not source.guard.update()
     assert source.guard.watch()
 
 

@@ -34,6 +34,9 @@ _log = logging.getLogger("clusterproxy.agent")
 
 USER_AGENT: Final = f"clusterproxy/{__version__}"
 
+# One stream carries everything that goes to this cluster.
+_WINDOW: Final = 4 * 1024 * 1024
+
 _PATH: Final = "/AgentService/Connect"
 
 # For everything up to the server's headers. grpc-go gives 20 s to connect and waits for ever then.
@@ -56,7 +59,7 @@ class ServerDialer:
     def __init__(self, state: AgentState, tls: ReloadingContext) -> None:
         self._state = state
         self._tls = tls
-        self._limits = Http2Limits(max_message_size=state.config.max_message_bytes)
+        self._limits = Http2Limits(window=_WINDOW, max_message_size=state.config.max_message_bytes)
         self.connections: set[Http2Connection] = set()
 
     @contextlib.asynccontextmanager

@@ -31,12 +31,6 @@ _log = logging.getLogger("clusterproxy.agent")
 # one is 1 MiB (mem/buffer_pool.go).
 CHUNK: Final = 32_740
 
-# Stop reading the service while so much of it waits for the server.
-_HIGH_WATER: Final = 512 * 1024
-
-# Batches after which a busy service lets the others run.
-_BATCHES: Final = 2
-
 # How long a service may take what was sent before the close, if it makes no progress.
 _LINGER_S: Final = 10.0
 
@@ -93,13 +87,17 @@ class Endpoint(ABC):
             self._state.data_packets.to_server.value += 1
             self._call.forward(self.to_server, len(head) + size, head, (payload,))
 
+    def _room_now(self) -> int:
+        """Return how much is worth reading: what would have to be queued is better left to wait."""
+        return max(CHUNK, self._call.stream.room // 2)
+
     async def _wait_for_room(self) -> None:
-        if self.to_server.queued > _HIGH_WATER:
+        if self.to_server.queued:
             self._room = trio.Event()
             await self._room.wait()
 
     def _drained_to_server(self, _size: int) -> None:
-        if self.to_server.queued <= _HIGH_WATER // 2:
+        if not self.to_server.queued:
             self._room.set()
 
     def confirm_close(self, error: str = "") -> None:
@@ -140,19 +138,15 @@ class StreamEndpoint(Endpoint):
             self._note_queue()
 
     async def _copy(self) -> None:
-        transport, outbox, batches = self._transport, self._outbox, 0
+        transport, outbox = self._transport, self._outbox
         try:
             while True:
-                view = await transport.receive()
+                view = await transport.receive(self._room_now())
                 if not view:
                     return
                 with outbox:
                     self._send(view)
                 await self._wait_for_room()
-                batches += 1
-                if batches == _BATCHES:
-                    batches = 0
-                    await trio.lowlevel.checkpoint()
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             _log.debug("service: %s", error, extra={"connection_id": self.connect_id})
 

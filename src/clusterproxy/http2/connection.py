@@ -34,9 +34,6 @@ _GOAWAY_S: Final = 5.0
 # RFC 9113 §6.7
 _PING_ACK: Final = b"\x00\x00\x08\x06\x01\x00\x00\x00\x00"
 
-# Batches after which a busy connection lets the others run.
-_BATCHES: Final = 2
-
 #: Opens the handler of a request: ``(stream, headers)``. Called by the reader: never waits.
 RequestOpener = Callable[[Stream, list[Header]], StreamHandler]
 
@@ -133,7 +130,6 @@ class Http2Connection:
 
     async def _read(self) -> None:
         transport, outbox = self._transport, self._outbox
-        batches = 0
         while not self.lost:
             view = await transport.receive()
             if not view:
@@ -141,10 +137,6 @@ class Http2Connection:
                 return
             with outbox:
                 self._receive(view)
-            batches += 1
-            if batches == _BATCHES:
-                batches = 0
-                await trio.lowlevel.checkpoint()
 
     def _receive(self, view: memoryview) -> None:
         """Dispatch one batch. Its buffers are lent to the handlers until the end of it."""

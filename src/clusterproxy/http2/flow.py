@@ -14,7 +14,9 @@ from typing import Final
 
 Buffer = bytes | bytearray | memoryview
 
+# Messages share buffers of this size, unless they are large enough to need none.
 _SMALL: Final = 32 * 1024
+_LARGE: Final = 16 * 1024
 
 #: Bytes that each flow may send in its turn.
 QUANTUM: Final = 64 * 1024
@@ -36,7 +38,7 @@ class Flow:
     __slots__ = ("deficit", "held", "messages", "on_drain", "queued", "scheduled", "taken")
 
     def __init__(self, on_drain: Callable[[int], None] | None = None) -> None:
-        self.messages: deque[bytearray] = deque()
+        self.messages: deque[bytes | bytearray] = deque()
         self.queued = 0
         self.taken = 0
         self.deficit = 0
@@ -77,15 +79,16 @@ class Schedule:
         self.urgent_put += 1
         self.urgent_size += len(message)
 
-    def put(self, flow: Flow, message: Buffer) -> None:
+    def put(self, flow: Flow, message: bytes) -> None:
         """Add a message behind the others of its flow."""
         # Small messages share a buffer: an object for each would be many times what it holds. The
         # first one does not grow: its size is what the flow's turn was granted for.
         messages = flow.messages
-        if len(messages) > 1 and len(messages[-1]) < _SMALL:
-            messages[-1] += message
+        tail = messages[-1] if len(messages) > 1 else None
+        if isinstance(tail, bytearray) and len(tail) < _SMALL:
+            tail += message
         else:
-            messages.append(bytearray(message))
+            messages.append(message if len(message) >= _LARGE else bytearray(message))
         flow.queued += len(message)
         self._count(len(message))
         self.activate(flow)

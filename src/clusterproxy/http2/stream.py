@@ -126,6 +126,15 @@ class Stream:
         self._output.enqueue(self)
 
     @property
+    def room(self) -> int:
+        """Bytes that could go now, at most."""
+        if self._output.blocked or self.waiting:
+            return 0
+        return min(
+            self.h2.outbound_flow_control_window, self.connection.h2.outbound_flow_control_window
+        )
+
+    @property
     def waiting(self) -> bool:
         """Whether something is queued."""
         return self._partial is not None or bool(self.schedule)

@@ -43,8 +43,9 @@ _log = logging.getLogger("clusterproxy.server")
 # How often queues at rest are held against a budget that others have made smaller.
 _LOOK_S: Final = 5.0
 
-# An agent has one stream on its connection.
+# An agent has one stream on its connection, which carries everything that comes from its cluster.
 _AGENT_STREAMS: Final = 100
+_AGENT_WINDOW: Final = 4 * 1024 * 1024
 
 _PROXY: Final = "/ProxyService/Proxy"
 _CONNECT: Final = "/AgentService/Connect"
@@ -82,7 +83,7 @@ class ProxyServer:
         )
         self.agents = RpcServer(
             {_CONNECT: backend_opener(self.state)},
-            limits=attrs.evolve(limits, max_streams=_AGENT_STREAMS),
+            limits=attrs.evolve(limits, max_streams=_AGENT_STREAMS, window=_AGENT_WINDOW),
             on_limit=self._count_limit,
             peers="an agent",
         )

@@ -312,8 +312,6 @@ class ConnectConnection(Connection):
         if self.to_agent.queued > _HIGH_WATER:
             self._room = trio.Event()
             await self._room.wait()
-        else:
-            await trio.lowlevel.checkpoint()
 
     def _release(self, size: int) -> None:
         if self.to_agent.queued <= _HIGH_WATER // 2:

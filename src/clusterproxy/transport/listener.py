@@ -169,6 +169,8 @@ class Handshakes:
         # By when they began, the oldest first.
         self._flying: dict[trio.CancelScope, float] = {}
         self._room = trio.Event()
+        # One waits for room, the others in their order for that one.
+        self._turn = trio.Lock()
 
     async def shake(self, sock: socket.socket, context: ssl.SSLContext | None) -> Transport | None:
         """Return the transport, or None if the handshake failed; then the socket is closed.
@@ -210,13 +212,14 @@ class Handshakes:
         return None
 
     async def _wait_for_room(self) -> None:
-        while len(self._flying) >= self._limit:
-            oldest, began = next(iter(self._flying.items()))
-            patience = began + _PATIENCE_S - trio.current_time()
-            if patience <= 0:
-                del self._flying[oldest]
-                oldest.cancel()
-                return
-            self._room = trio.Event()
-            with trio.move_on_after(patience):
-                await self._room.wait()
+        async with self._turn:
+            while len(self._flying) >= self._limit:
+                oldest, began = next(iter(self._flying.items()))
+                patience = began + _PATIENCE_S - trio.current_time()
+                if patience <= 0:
+                    del self._flying[oldest]
+                    oldest.cancel()
+                    return
+                self._room = trio.Event()
+                with trio.move_on_after(patience):
+                    await self._room.wait()

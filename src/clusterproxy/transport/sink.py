@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("clusterproxy.transport")
 
+# Parts share buffers of this size, unless they are large enough to need none.
 _SMALL: Final = 32 * 1024
+_LARGE: Final = 16 * 1024
 
 # One write takes at most so much of the queue.
 _CHUNK: Final = 256 * 1024
@@ -65,7 +67,7 @@ class ByteSink:
         self._spawn = spawn
         self._on_broken = on_broken
         self._outbox = current_outbox()
-        self._queue: deque[bytearray] = deque()
+        self._queue: deque[bytes | bytearray] = deque()
         self._lent: list[Buffer] = []
         self._posted = False
         self._writing = False
@@ -97,10 +99,11 @@ class ByteSink:
     def _enqueue(self, part: Buffer) -> None:
         # Small parts share a buffer: an object for each would be many times what it holds.
         queue = self._queue
-        if queue and len(queue[-1]) < _SMALL:
-            queue[-1] += part
+        tail = queue[-1] if queue else None
+        if isinstance(tail, bytearray) and len(tail) < _SMALL:
+            tail += part
         else:
-            queue.append(bytearray(part))
+            queue.append(bytes(part) if len(part) >= _LARGE else bytearray(part))
         self.queued += len(part)
 
     def flush(self) -> None:
@@ -110,6 +113,8 @@ class ByteSink:
         except Exception:
             # Flushed at the end of somebody else's batch: a bug here is not theirs.
             _log.exception("bug while writing")
+            # It may be in what is called here, so do not call that again.
+            self.on_drain = lambda: None
             self._break("internal error")
 
     def _flush(self) -> None:

@@ -33,6 +33,12 @@ _SLICE: Final = 64 * 1024
 # Enough for any flight of a handshake; the BIO keeps the size of the largest write.
 _HANDSHAKE_READ: Final = 16 * 1024
 
+# A read of less has emptied the socket, and more has hardly come since.
+_SMALL_READ: Final = 16 * 1024
+
+# Reads without a checkpoint, after which a busy connection lets the others run.
+_IN_A_ROW: Final = 2
+
 # What one record can add to the plaintext beyond the ciphertext of its own batch: OpenSSL keeps the
 # beginning of at most one.
 _RECORD: Final = 16 * 1024 + 512
@@ -89,7 +95,21 @@ class Transport:
       server_side, server_hostname: as in :meth:`ssl.SSLContext.wrap_bio`.
     """
 
-    __slots__ = ("_cipher", "_closed", "_eof", "_error", "_in", "_more", "_out", "_plain", "_unsent", "sock", "tls")
+    __slots__ = (
+        "_cipher",
+        "_closed",
+        "_emptied",
+        "_eof",
+        "_error",
+        "_in",
+        "_in_a_row",
+        "_more",
+        "_out",
+        "_plain",
+        "_unsent",
+        "sock",
+        "tls",
+    )
 
     def __init__(
         self,
@@ -108,6 +128,8 @@ class Transport:
         self._more = False
         self._cipher = _buffers.cipher
         self._plain = _buffers.plain
+        self._in_a_row = 0
+        self._emptied = False
         if context is not None:
             self._in = ssl.MemoryBIO()
             self._out = ssl.MemoryBIO()
@@ -167,18 +189,18 @@ class Transport:
         # The first bytes of the protocol may have come with the last ones of the handshake.
         self._more = True
 
-    async def receive(self) -> memoryview:
-        """Return what has arrived, empty at the end of the stream.
+    async def receive(self, most: int = READ_SIZE) -> memoryview:
+        """Return what has arrived, empty at the end of the stream; without TLS at most *most* bytes.
 
         The result is valid until the caller's next checkpoint. Returns without a checkpoint if the
-        kernel has data; a caller that loops must see to the others.
+        kernel has data, but not more than twice in a row.
 
         Raises:
           trio.BrokenResourceError: the connection broke, or its TLS did.
           trio.ClosedResourceError: closed by another task meanwhile.
         """
         if self.tls is None:
-            received = await self._receive_into(self._plain)
+            received = await self._receive_into(self._plain[:most])
             return self._plain[:received]
         while not self._eof:
             received = 0
@@ -236,13 +258,27 @@ class Transport:
                 self._send_now(self._out.read())
 
     async def _receive_into(self, buffer: memoryview) -> int:
+        if self._in_a_row == _IN_A_ROW:
+            self._in_a_row = 0
+            await trio.lowlevel.checkpoint()
+        elif self._emptied:
+            # Asking the kernel now would nearly always be in vain.
+            await self._wait_readable()
         while True:
             try:
-                return self.sock.recv_into(buffer)
+                received = self.sock.recv_into(buffer)
             except BlockingIOError:
-                await trio.lowlevel.wait_readable(self.sock)
+                await self._wait_readable()
             except OSError as error:
                 raise self._broken(error) from error
+            else:
+                self._in_a_row += 1
+                self._emptied = received < _SMALL_READ
+                return received
+
+    async def _wait_readable(self) -> None:
+        self._in_a_row = 0
+        await trio.lowlevel.wait_readable(self.sock)
 
     def send(self, parts: Sequence[Buffer]) -> bool:
         """Send as much as the socket takes; return whether all went out.
