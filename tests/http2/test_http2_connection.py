@@ -478,6 +478,24 @@ async def test_a_sender_stays_within_the_window_of_the_connection() -> None:
     assert (len(data_of(sent, 1)), len(data_of(sent, 3))) == (2000, 465)
 
 
+async def test_how_much_could_go_now() -> None:
+    wired, _ = server(window=1000)
+    stream = answered(wired)
+    assert stream.room == 1000
+    stream.send(None, 400, bytes(400))
+    assert stream.room == 600
+    stream.send(None, 700, bytes(700))
+    wired.receive(window_update(1, 50))
+    assert stream.room == 0, "something waits"
+    wired.receive(window_update(1, 10**6))
+    assert stream.room == 10**6 - 50
+    wired.connection.output.blocked = True
+    assert stream.room == 0
+    narrow, peer = Wired(), Peer()
+    narrow.receive(PREFACE, settings({4: LARGEST}), peer.headers(1, REQUEST))
+    assert narrow.stream(1).room == 65_535
+
+
 async def test_a_window_may_become_negative() -> None:
     wired, _ = server(window=1000)
     stream = answered(wired)

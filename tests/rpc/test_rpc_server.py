@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import attrs
 import h2.events
+import h2.settings
 import pytest
 import trio
 import trio.testing
@@ -519,6 +520,60 @@ async def test_a_reset_before_the_body_ran() -> None:
     assert watched.closed == [(Status.CANCELLED, "stream reset by the peer")]
 
 
+@pytest.mark.parametrize("window", [65_535, 0])
+async def test_cancel_resets_the_call(window: int) -> None:
+    """Also where the peer leaves no window, in which an orderly end would wait for ever."""
+    watched = Watched()
+    calls: list[ServerCall] = []
+
+    def open_call(call: ServerCall) -> Callable[[], Awaitable[None]]:
+        calls.append(call)
+        return watched.open(call)
+
+    async with raw_client({BAD: open_call}) as (peer, _):
+        peer.h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window})
+        stream_id = peer.request(headers_with(REQUEST, path=BAD.encode()), end=False)
+        await watched.opened.wait()
+        (call,) = calls
+        call.send(b"waits" if not window else b"goes")
+        call.cancel()
+        reset = await peer.wait_for(h2.events.StreamReset)
+        await watched.cancelled.wait()
+        call.cancel()
+        call.send(b"late")
+        call.finish()
+        # Nothing follows, not even when it could, and others go on.
+        peer.h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 65_535})
+        other = peer.request(headers_with(REQUEST), message(b"still there"), end=True)
+        assert (await peer.answer(other)).data == message(b"still there")
+        last = [type(e) for e in peer.events if getattr(e, "stream_id", None) == stream_id]
+        assert h2.events.StreamEnded not in last
+    assert reset.error_code == 8
+    assert watched.closed == [(Status.CANCELLED, "cancelled")]
+
+
+@pytest.mark.parametrize("cut", [1, 5, 7])
+async def test_an_end_in_the_middle_of_a_message(cut: int) -> None:
+    watched = Watched()
+    sizes: list[int] = []
+    half_closed = trio.Event()
+
+    def open_call(call: ServerCall) -> Callable[[], Awaitable[None]]:
+        call.receive = lambda size, _head, _rest: sizes.append(size)
+        call.on_half_close = half_closed.set
+        return watched.open(call)
+
+    async with raw_client({BAD: open_call}) as (peer, _):
+        headers = headers_with(REQUEST, path=BAD.encode())
+        stream_id = peer.request(headers, message(b"whole") + message(b"broken")[:cut], end=True)
+        answer = await peer.answer(stream_id)
+        await watched.cancelled.wait()
+    assert (answer.last[b"grpc-status"], answer.last[b"grpc-message"]) == (b"13", b"unexpected EOF")
+    assert watched.closed == [(Status.INTERNAL, "unexpected EOF")]
+    assert sizes == [10]
+    assert not half_closed.is_set()
+
+
 async def test_a_lost_connection_cancels_the_calls() -> None:
     watched = Watched()
     async with raw_client({BAD: watched.open}) as (peer, server):
@@ -534,12 +589,57 @@ async def test_a_lost_connection_cancels_the_calls() -> None:
     assert text.startswith("connection ")
 
 
-async def test_serve_says_why_it_ended() -> None:
+async def served(
+    server: RpcServer, wire: bytes, caplog: pytest.LogCaptureFixture
+) -> list[tuple[str, int, str]]:
+    """Serve a connection on which *wire* comes, then its end; return what was logged."""
     ours, theirs = transports()
-    server = RpcServer({}, limits=LIMITS)
+    assert ours.send([wire])
     ours.send_eof()
-    assert await server.serve(theirs) == "connection closed by the peer"
+    with caplog.at_level(logging.DEBUG, "clusterproxy.rpc"):
+        await server.serve(theirs)
     ours.close()
+    assert theirs.closed
+    return caplog.record_tuples
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+
+async def test_the_log_says_why_a_connection_ended(caplog: pytest.LogCaptureFixture) -> None:
+    server = RpcServer({}, limits=LIMITS, peers="an agent")
+    assert await served(server, b"", caplog) == [
+        (
+            "clusterproxy.rpc",
+            logging.DEBUG,
+            "connection of an agent ended: connection closed by the peer",
+        )
+    ]
+
+
+async def test_the_log_warns_of_a_peer_that_breaks_a_rule(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server = RpcServer({}, limits=LIMITS)
+    ((name, level, text),) = await served(server, b"GET / HTTP/1.1\r\n\r\n" + bytes(20), caplog)
+    assert (name, level) == ("clusterproxy.rpc", logging.WARNING)
+    assert text.startswith("connection of a peer ended: protocol error: ")
+
+
+async def test_the_log_warns_of_a_peer_that_asks_too_much(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    exceeded: list[str] = []
+    server = RpcServer({}, limits=LIMITS, on_limit=exceeded.append, peers="a client")
+    wire = PREFACE + 1000 * b"\0\0\0\x04\0\0\0\0\0"
+    assert await served(server, wire, caplog) == [
+        (
+            "clusterproxy.rpc",
+            logging.WARNING,
+            "connection of a client ended: too many SETTINGS",
+        )
+    ]
+    assert exceeded == ["control_frames"]
 
 
 async def test_a_task_of_a_closed_call_is_not_started() -> None:
@@ -620,5 +720,7 @@ async def test_connections_of_a_draining_server(autojump_clock: trio.testing.Moc
     client = Http2Connection(ours, client=True, limits=LIMITS)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(client.run)
-        assert await server.serve(theirs) == "drained"
+        start = trio.current_time()
+        await server.serve(theirs)
+        assert trio.current_time() == start + 1
     assert client.draining

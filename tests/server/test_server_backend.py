@@ -320,6 +320,23 @@ async def test_an_agent_that_takes_no_more_dials(autojump_clock: MockClock) -> N
         assert agent.received.pop().payload == DialRequest("tcp", "y:1", 999)
 
 
+async def test_an_agent_that_answers_no_dials(autojump_clock: MockClock) -> None:
+    """However little they take: there is an end to dials that wait for one agent."""
+    async with serving() as server:
+        agent, client, other = await server.agent(), await server.client(), await server.client()
+        with patch("clusterproxy.server.backend._PENDING_LIMIT", 3):
+            client.send(*[DialRequest("tcp", "x:1", n) for n in range(3)])
+            await settle()
+            other.send(DialRequest("tcp", "x:1", 9))
+            await other.expect(DialResponse(error="too many dials wait for the agent", random=9))
+            assert (server.pending, len(agent.received)) == (3, 3)
+            assert server.dial_failures == {"backend_close": 1}
+            agent.send(DialResponse(error="no", random=1))
+            await client.expect(DialResponse(error="no", random=1))
+            agent.received.clear()
+            await server.connect(other, agent, 1, 10)
+
+
 async def test_goodbyes_to_an_agent_that_does_not_read(autojump_clock: MockClock) -> None:
     """They wait for it, whatever other limit their number would exceed, and none is lost."""
     async with serving() as server:

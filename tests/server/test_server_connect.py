@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import pytest
 import trio
@@ -255,6 +256,39 @@ async def test_dial_timeout_of_an_agent_that_does_not_read(autojump_clock: MockC
         assert server.pending == 0
         assert not server.state.pool.backends
         assert await rest(busy) == b""
+
+
+async def test_an_agent_for_which_too_many_dials_wait(autojump_clock: MockClock) -> None:
+    async with serving() as server:
+        agent = await server.agent()
+        with patch("clusterproxy.server.backend._PENDING_LIMIT", 1):
+            first, dial = await dialled(server, agent)
+            second = await server.http()
+            await second.send_all(REQUEST)
+            assert await rest(second) == failure(
+                "502 Bad Gateway",
+                "Failed to tunnel dial request: too many dials wait for the agent\r\n",
+            )
+            assert server.dial_failures == {"backend_close": 1}
+            await agent.expect_nothing_more()
+            agent.send(dial_ok(1, dial.random))
+            await exactly(first, ESTABLISHED)
+
+
+@pytest.mark.parametrize("size", [1024, 1025])
+async def test_a_long_address(size: int, autojump_clock: MockClock) -> None:
+    async with serving() as server:
+        agent = await server.agent()
+        client = await server.http()
+        await client.send_all(b"CONNECT %s:1 HTTP/1.1\r\n\r\n" % (b"x" * (size - 2)))
+        if size == 1024:
+            dial = await agent.next()
+            assert isinstance(dial, DialRequest)
+            assert len(dial.address) == 1024
+        else:
+            assert await rest(client) == BAD_REQUEST
+            await agent.expect_nothing_more()
+            assert not server.dial_failures
 
 
 # -- H08, H09 --------------------------------------------------------------------------------------

@@ -247,6 +247,42 @@ async def test_the_total_is_shared(autojump_clock: MockClock) -> None:
         assert not server.state.budget.used
 
 
+async def test_a_queue_at_rest_when_the_budget_shrinks(autojump_clock: MockClock) -> None:
+    """Nobody puts anything in it or takes anything out, but it is looked at."""
+    async with serving(
+        connection_buffer_bytes=1 << 20,
+        total_buffer_bytes=1 << 20,
+        proxy_strategies=("destHost",),
+    ) as server:
+        agents = [await server.agent(f"agent{n}", f"host=h{n}") for n in range(3)]
+        clients = [await server.client() for _ in range(3)]
+        for n in range(3):
+            clients[n].send(DialRequest("tcp", f"h{n}:80", 1))
+            await agents[n].next()
+            agents[n].send(dial_ok(1, 1))
+            await clients[n].expect(dial_ok(1, 1))
+            clients[n].pause()
+        # Each is within its budget when it comes to rest. Three pieces more fill the client's window.
+        for agent, pieces in zip(agents, (14, 13, 8), strict=True):
+            agent.send(*bulk(1, pieces * PIECE))
+            await settle()
+        assert server.state.budget.limit < 7 * PIECE
+        await trio.sleep(60)
+        assert paused(server)[0] == 0
+        for _ in range(3):
+            server.state.look_at_queues()
+            await settle()
+            assert paused(server)[0] == 2, "one watch for each of the first two"
+        await trio.sleep(11)
+        # What one of them had queued was too much for both: the other may stay.
+        assert values(server.metrics.stalled_connections_total) == {"to_client": 1}
+        assert server.established == 2
+        assert paused(server)[0] == 0
+        clients[2].resume()
+        await clients[2].expect(*bulk(1, 8 * PIECE))
+        assert len(server.state.queued) == 1
+
+
 # -- towards the agent -----------------------------------------------------------------------------
 
 

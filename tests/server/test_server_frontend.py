@@ -595,6 +595,35 @@ async def test_too_many_pending_dials(autojump_clock: MockClock) -> None:
         assert values(server.metrics.rejected_packets_total) == {"from_client,too_many_dials": 44}
 
 
+@pytest.mark.parametrize(
+    ("protocol", "address", "refused"),
+    [
+        ("tcp", "x" * 1024, False),
+        ("tcp", "x" * 1025, True),
+        ("p" * 32, "target:80", False),
+        ("p" * 33, "target:80", True),
+    ],
+)
+async def test_dial_that_is_too_long(
+    protocol: str, address: str, refused: bool, autojump_clock: MockClock
+) -> None:
+    """It would only cost the stream that the agent's connections share; the client goes on."""
+    async with serving() as server:
+        agent, client = await server.agent(), await server.client()
+        request = DialRequest(protocol, address, 7)
+        client.send(request)
+        if refused:
+            await client.expect(DialResponse(error="address or protocol too long", random=7))
+            await agent.expect_nothing_more()
+            assert server.pending == 0
+        else:
+            await agent.expect(request)
+            await client.expect_nothing_more()
+        rejected = values(server.metrics.rejected_packets_total)
+        assert rejected == ({"from_client,long_address": 1} if refused else {})
+        await server.connect(client, agent)
+
+
 async def test_two_agents_choose_the_same_number(autojump_clock: MockClock) -> None:
     """The client is given another number for the second connection, and may use both."""
     async with serving(proxy_strategies=("destHost",)) as server:

@@ -692,7 +692,7 @@ def test_tune_does_not_mind_a_connection_that_is_gone() -> None:
     tune(sock, user_timeout=True)
 
 
-def test_what_the_peer_has_not_taken() -> None:
+async def test_what_the_peer_has_not_taken() -> None:
     a, b = socket_pair()
     transport = Transport(a)
     assert transport.outstanding() == 0

@@ -13,7 +13,8 @@ import h2.events as events
 from h2.config import H2Configuration
 from h2.connection import ConnectionState, H2Connection
 from h2.errors import ErrorCodes as ErrorCode
-from h2.exceptions import H2Error, ProtocolError as H2ProtocolError
+from h2.exceptions import H2Error
+from h2.exceptions import ProtocolError as H2ProtocolError
 from h2.settings import SettingCodes, Settings
 from h2.stream import H2Stream
 from hpack.exceptions import HPACKError
@@ -90,7 +91,7 @@ class Adapter(H2Connection):
         FLOW_CONTROL_ERROR (RFC 9113 §6.9.1).
         """
         ours = self._inbound_flow_control_window_manager
-        theirs = stream._inbound_window_manager  # noqa: SLF001
+        theirs = stream._inbound_window_manager  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
         ours.current_window_size -= size
         theirs.current_window_size -= size
         return ours.current_window_size >= 0 and theirs.current_window_size >= 0
@@ -98,9 +99,10 @@ class Adapter(H2Connection):
     def is_plain(self, stream_id: int) -> H2Stream | None:
         """Return h2's stream if its DATA may pass by h2: open, and no content-length to count."""
         stream = self.streams.get(stream_id)
-        if stream is None or stream._expected_content_length is not None:  # noqa: SLF001
+        if stream is None:
             return None
-        return stream
+        expected = stream._expected_content_length  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        return stream if expected is None else None
 
     # -- streams -----------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import attrs
 import trio
@@ -211,7 +211,7 @@ class Http2Connection:
         for event in received:
             if self.lost:
                 return
-            handle = _HANDLERS.get(type(event))
+            handle = self._handlers.get(type(event))
             if handle is not None:
                 handle(self, event)
         self.output.pull()
@@ -279,9 +279,9 @@ class Http2Connection:
         stream = self.streams.get(event.stream_id)
         if stream is None:
             return
-        if event.remote_reset and not stream.useful and not self._client:
-            if not self._resets.spend(self._last_read):
-                self.exceed("resets", "too many streams reset")
+        wasted = event.remote_reset and not stream.useful and not self._client
+        if wasted and not self._resets.spend(self._last_read):
+            self.exceed("resets", "too many streams reset")
         self._forget(stream, int(event.error_code), "stream reset by the peer", tell=True)
 
     def _on_window_updated(self, event: events.WindowUpdated) -> None:
@@ -459,16 +459,15 @@ class Http2Connection:
         self.output.pull()
         self._check_idle()
 
-
-_HANDLERS: Final[dict[type[events.Event], Callable[[Http2Connection, Any], None]]] = {
-    events.RequestReceived: Http2Connection._on_request_received,  # noqa: SLF001
-    events.ResponseReceived: Http2Connection._on_response_received,  # noqa: SLF001
-    events.TrailersReceived: Http2Connection._on_trailers_received,  # noqa: SLF001
-    events.DataReceived: Http2Connection._on_data_received,  # noqa: SLF001
-    events.StreamEnded: Http2Connection._on_stream_ended,  # noqa: SLF001
-    events.StreamReset: Http2Connection._on_stream_reset,  # noqa: SLF001
-    events.WindowUpdated: Http2Connection._on_window_updated,  # noqa: SLF001
-    events.RemoteSettingsChanged: Http2Connection._on_settings_changed,  # noqa: SLF001
-    events.PingAckReceived: Http2Connection._on_ping_acknowledged,  # noqa: SLF001
-    events.ConnectionTerminated: Http2Connection._on_goaway,  # noqa: SLF001
-}
+    _handlers: ClassVar[dict[type[events.Event], Callable[[Http2Connection, Any], None]]] = {
+        events.RequestReceived: _on_request_received,
+        events.ResponseReceived: _on_response_received,
+        events.TrailersReceived: _on_trailers_received,
+        events.DataReceived: _on_data_received,
+        events.StreamEnded: _on_stream_ended,
+        events.StreamReset: _on_stream_reset,
+        events.WindowUpdated: _on_window_updated,
+        events.RemoteSettingsChanged: _on_settings_changed,
+        events.PingAckReceived: _on_ping_acknowledged,
+        events.ConnectionTerminated: _on_goaway,
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from struct import Struct
 from typing import TYPE_CHECKING, Final
@@ -13,6 +12,8 @@ import trio
 from clusterproxy.transport.outbox import current_outbox
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from clusterproxy.transport.stream import Buffer, Transport
 
     from .adapter import Adapter

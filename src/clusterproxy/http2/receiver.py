@@ -7,7 +7,6 @@ came. The differential test in ``tests/http2/test_differential.py`` holds this a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from struct import Struct
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -15,6 +14,8 @@ from .adapter import Adapter, ErrorCode, events
 from .limits import Http2Limits, Meter
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .stream import Stream
 
 _unpack = Struct(">HBBBI").unpack_from

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
 from .flow import QUANTUM, Buffer, Flow, Schedule
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .adapter import H2Stream
     from .connection import Http2Connection
 
@@ -30,6 +31,7 @@ class StreamHandler(Protocol):
 
     def on_data(self, view: memoryview) -> bool:
         """A part of the body arrived, lent until :meth:`settle`; return whether that is wanted."""
+        ...
 
     def settle(self) -> None:
         """The buffers of this batch are about to be used again."""

@@ -46,9 +46,6 @@ _HEADER_TIMEOUT_S: Final = 60.0
 # A whole gRPC message of at most 32 KiB, which is a tier of grpc-go's buffer pool.
 _CHUNK: Final = 32_740
 
-# Stop reading the client while so much of it waits for the agent.
-_HIGH_WATER: Final = 512 * 1024
-
 # As long as the Go client waits for a CLOSE_RSP.
 _CLOSE_TIMEOUT_S: Final = 10.0
 
@@ -308,13 +305,13 @@ class ConnectConnection(Connection):
         tunnel.sink.on_drain = self.note_queue
 
     async def room(self) -> None:
-        """Wait while too much of the client waits for the agent."""
-        if self.to_agent.queued > _HIGH_WATER:
+        """Wait while anything of the client waits for the agent: its socket can hold the rest."""
+        if self.to_agent.queued:
             self._room = trio.Event()
             await self._room.wait()
 
     def _release(self, size: int) -> None:
-        if self.to_agent.queued <= _HIGH_WATER // 2:
+        if not self.to_agent.queued:
             self._room.set()
 
     def from_agent(self, size: int, head: Buffer, rest: tuple[Buffer, ...], payload: int) -> None:

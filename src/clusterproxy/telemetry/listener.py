@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import socket
+from typing import TYPE_CHECKING
 
 import trio
 
 from clusterproxy.http1 import Handler, serve_http
+
+if TYPE_CHECKING:
+    import socket
 
 
 async def serve_http_socket(handler: Handler, sock: socket.socket) -> None:

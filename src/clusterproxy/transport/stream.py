@@ -261,7 +261,7 @@ class Transport:
         if self._in_a_row == _IN_A_ROW:
             self._in_a_row = 0
             await trio.lowlevel.checkpoint()
-        elif self._emptied:
+        elif self._emptied and not self._closed:
             # Asking the kernel now would nearly always be in vain.
             await self._wait_readable()
         while True:
