@@ -59,7 +59,7 @@ class Playback(Transport):
         self._closed = False
         self._unsent = b""
 
-    async def receive(self) -> memoryview:
+    async def receive(self, most: int = 0) -> memoryview:
         if self._closed:
             raise trio.ClosedResourceError("closed")
         if self._next:

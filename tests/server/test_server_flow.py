@@ -445,7 +445,8 @@ async def test_connect_client_waits_for_its_agent(autojump_clock: MockClock) -> 
             nursery.start_soon(client.send_all, data)
             await settle()
             (connection,) = server.backend("agent").connections.values()
-            assert 1 << 19 < connection.to_agent.queued < 2 << 20
+            # One read at most; the rest is left to the kernel.
+            assert 0 < connection.to_agent.queued < 300_000
             agent.resume()
             assert await agent.read(1, len(data)) == data
 

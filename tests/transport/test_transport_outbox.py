@@ -44,9 +44,14 @@ def test_a_batch_is_written_once_at_its_end() -> None:
 def test_an_exception_ends_the_batch_as_well() -> None:
     outbox = Outbox()
     writer = Writer(outbox)
-    with pytest.raises(ValueError, match="oops"), outbox:
-        outbox.post(writer)
-        raise ValueError("oops")
+
+    def fail() -> None:
+        with outbox:
+            outbox.post(writer)
+            raise ValueError("oops")
+
+    with pytest.raises(ValueError, match="oops"):
+        fail()
     assert writer.flushes == 1
     outbox.post(writer)
     assert writer.flushes == 2, "written at once again"

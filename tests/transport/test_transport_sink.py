@@ -15,7 +15,6 @@ from transport_pairs import (
     ends_of,
     narrow_pair,
     read,
-    read_all,
     reset_error,
     socket_pair,
 )
