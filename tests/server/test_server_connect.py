@@ -7,8 +7,19 @@ from unittest.mock import patch
 
 import pytest
 import trio
-from harness import ServerWorld, dial_ok, serving, settle, tcp_pair, value, values
+from harness import (
+    ServerWorld,
+    dial_ok,
+    serving,
+    settle,
+    socket_pair,
+    tcp_pair,
+    value,
+    values,
+)
 
+from clusterproxy.server.connect import ConnectTunnel
+from clusterproxy.transport.stream import Transport
 from clusterproxy_proto import (
     CloseDial,
     CloseRequest,
@@ -541,6 +552,24 @@ async def test_cancelled(autojump_clock: MockClock) -> None:
             assert sum(values(server.metrics.dial_failure_count).values()) == 1
             await pending.aclose()
             await client.aclose()
+
+
+async def test_cancelled_while_the_dial_is_pending(autojump_clock: MockClock) -> None:
+    async with serving() as server:
+        agent = await server.agent()
+        client, theirs = socket_pair()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ConnectTunnel(server.state, Transport(theirs)).run)
+            client.send(REQUEST)
+            dial = await agent.next()
+            nursery.cancel_scope.cancel()
+        assert client.recv(100) == b""
+        client.close()
+        assert server.dial_failures == {"frontend_close": 1}
+        assert server.pending == 0
+        assert isinstance(dial, DialRequest)
+        agent.send(dial_ok(1, dial.random))
+        await agent.expect(CloseRequest(1))
 
 
 async def test_two_tunnels_with_their_connections(autojump_clock: MockClock) -> None:

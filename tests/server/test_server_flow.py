@@ -93,6 +93,8 @@ async def test_no_progress(autojump_clock: MockClock, caplog: pytest.LogCaptureF
         slow.pause()
         agent.send(*bulk(1, 3 << 20), Data(2, data=b"hello"))
         await settle()
+        waited = server.state.budget.used
+        assert waited > BUDGET
         begin = trio.current_time()
         assert await neighbour.next(within=11) == Data(2, data=b"hello")
         assert 9 < trio.current_time() - begin < 11
@@ -110,6 +112,7 @@ async def test_no_progress(autojump_clock: MockClock, caplog: pytest.LogCaptureF
         assert slow.closed_with is None
         await server.connect(slow, agent, 3, 3)
     (record,) = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert record.args == (10.0, waited)
     assert "its client took nothing for 10 s" in record.getMessage()
     assert record.__dict__["connection_id"] == 1
     assert record.__dict__["agent_id"] == "agent"

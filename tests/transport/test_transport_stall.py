@@ -98,24 +98,6 @@ async def test_what_nobody_fetches_after_the_end_is_given_up(autojump_clock: Moc
     assert len(consumer.given_up) == 1
 
 
-async def test_a_consumer_within_its_budget_is_not_given_up_at_the_last_look(
-    autojump_clock: MockClock,
-) -> None:
-    """It was over it at every look but the last, and has taken little in all."""
-    consumer = Consumer()
-    async with trio.open_nursery() as nursery:
-
-        @nursery.start_soon
-        async def _() -> None:
-            await trio.sleep(TIMEOUT - 0.1)
-            consumer.queued = FLOOR
-            consumer.taken += 1
-            consumer.guard.update()
-
-        assert await consumer.watch() == pytest.approx(TIMEOUT)
-    assert not consumer.given_up
-
-
 async def test_one_watch_at_a_time(autojump_clock: MockClock) -> None:
     consumer = Consumer()
     watches = 1

@@ -275,7 +275,7 @@ class Connection(ABC):
         _log.warning(
             "connection closed: its client took nothing for %g s while %d bytes waited",
             self._state.config.stall_timeout_s,
-            self._state.budget.each,
+            self.guard.queued,
             extra=self.log_fields,
         )
         self.leave()
