@@ -75,6 +75,7 @@ class Endpoint(ABC):
 
     def _send(self, view: memoryview) -> None:
         """Send bytes of the service to the server, in packets of a size that suits Go peers."""
+        send, flow = self._call.stream.send, self.to_server
         for start in range(0, len(view), CHUNK):
             payload = view[start : start + CHUNK]
             size = len(payload)
@@ -85,7 +86,7 @@ class Endpoint(ABC):
                 if size == CHUNK:
                     self._heads[size] = head
             self._state.data_packets.to_server.value += 1
-            self._call.forward(self.to_server, len(head) + size, head, (payload,))
+            send(flow, len(head) + size, head, (payload,))
 
     def _room_now(self) -> int:
         """Return how much is worth reading: what would have to be queued is better left to wait."""

@@ -28,6 +28,9 @@ __all__ = ["Adapter", "ErrorCode", "H2Error", "H2Stream", "events"]
 
 Header = tuple[bytes, bytes]
 
+# RFC 9113 §6.9.1
+_LARGEST_WINDOW: Final = 2**31 - 1
+
 # RFC 9113 §6.8: the last stream id of a GOAWAY that only announces the end.
 _ALL_STREAMS: Final = 2**31 - 1
 
@@ -95,6 +98,20 @@ class Adapter(H2Connection):
         ours.current_window_size -= size
         theirs.current_window_size -= size
         return ours.current_window_size >= 0 and theirs.current_window_size >= 0
+
+    def open_window(self, stream_id: int, increment: int) -> bool:
+        """Apply a WINDOW_UPDATE as h2 does; return False for one that h2 has to look at."""
+        target: H2Stream | Adapter = self
+        if stream_id:
+            stream = self.streams.get(stream_id)
+            if stream is None or not stream.open:
+                return False
+            target = stream
+        window = target.outbound_flow_control_window + increment
+        if not 0 < increment <= _LARGEST_WINDOW or window > _LARGEST_WINDOW:
+            return False
+        target.outbound_flow_control_window = window
+        return True
 
     def is_plain(self, stream_id: int) -> H2Stream | None:
         """Return h2's stream if its DATA may pass by h2: open, and no content-length to count."""

@@ -285,10 +285,13 @@ class Http2Connection:
         self._forget(stream, int(event.error_code), "stream reset by the peer", tell=True)
 
     def _on_window_updated(self, event: events.WindowUpdated) -> None:
-        if not event.stream_id:
+        self.window_opened(event.stream_id or 0)
+
+    def window_opened(self, stream_id: int) -> None:
+        if not stream_id:
             self.output.post()
             return
-        stream = self.streams.get(event.stream_id)
+        stream = self.streams.get(stream_id)
         if stream is not None and stream.waiting:
             self.output.enqueue(stream)
 

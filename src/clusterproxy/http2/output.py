@@ -90,8 +90,15 @@ class Output:
             frames.append(head)
             if rest:
                 frames.extend(rest)
-        else:
+        elif rest:
             self._put_frames(stream_id, size, (head, *rest))
+        else:
+            view, largest = memoryview(head), self.max_frame_size
+            for start in range(0, size, largest):
+                piece = view[start : start + largest]
+                length = len(piece)
+                frames.append(_pack(length >> 8, length & 255, 0, 0, stream_id))
+                frames.append(piece)
         self.sent += size
         self.waiting += size
         if self.waiting >= _HIGH_WATER:

@@ -24,7 +24,9 @@ _PREFACE_SIZE: Final = 24
 
 # Frame types, RFC 9113 §6.
 _DATA, _HEADERS, _SETTINGS, _PUSH_PROMISE, _PING, _CONTINUATION = 0x0, 0x1, 0x4, 0x5, 0x6, 0x9
+_WINDOW_UPDATE: Final = 0x8
 _PING_SIZE: Final = 8
+_INCREMENT: Final = 4
 
 # The stream of frames that concern the whole connection.
 _CONNECTION: Final = memoryview(bytes(4))
@@ -54,6 +56,9 @@ class FrameSink(Protocol):
 
     def answer_ping(self, payload: memoryview) -> None:
         """Acknowledge a PING."""
+
+    def window_opened(self, stream_id: int) -> None:
+        """The peer has granted something on a stream, or (0) on the connection."""
 
     def fail(self, reason: str, code: ErrorCode | None = None) -> None:
         """End the connection; ``lost`` is set when this returns."""
@@ -189,6 +194,14 @@ class FrameReceiver:
             if len(view) >= end and view[position + 5 : start] == _CONNECTION:
                 # grpc-go sends one for nearly every small message; through h2 each costs 40 µs.
                 self._sink.answer_ping(view[start:end])
+                return end
+        if kind == _WINDOW_UPDATE and size == _INCREMENT and not self._header_block:
+            start = position + _HEADER_SIZE
+            stream_id = int.from_bytes(view[position + 5 : start], "big")
+            increment = int.from_bytes(view[start:end], "big")
+            if len(view) >= end and self._h2.open_window(stream_id, increment):
+                # They come with every bulk transfer, a thousand for a GiB and more.
+                self._sink.window_opened(stream_id)
                 return end
         stop = min(len(view), end)
         self._left = end - stop

@@ -169,7 +169,16 @@ class Connection(ABC):
     simply not read, or granted nothing, while they wait.
     """
 
-    __slots__ = ("_state", "backend", "closing", "connect_id", "guard", "started", "to_agent")
+    __slots__ = (
+        "_agent_stream",
+        "_state",
+        "backend",
+        "closing",
+        "connect_id",
+        "guard",
+        "started",
+        "to_agent",
+    )
 
     def __init__(self, state: ServerState, dial: PendingDial, connect_id: int, queue: Queue) -> None:
         self._state = state
@@ -178,7 +187,7 @@ class Connection(ABC):
         self.closing = False
         self.started = trio.current_time()
         self.to_agent = Flow(self._release)
-        stream = dial.backend.call.stream
+        self._agent_stream = stream = dial.backend.call.stream
         self.guard = Guard(queue, state.budget, stream.hold, stream.release)
         _log.debug(
             "connection to %.256s opened", dial.address, extra={**self.log_fields, "dial_id": dial.random}
@@ -197,7 +206,7 @@ class Connection(ABC):
         """Pass on a DATA message as it is; the client's source is held for what must wait."""
         self._state.data_packets.to_agent.value += 1
         before = self.to_agent.queued
-        self.backend.call.forward(self.to_agent, size, head, rest)
+        self._agent_stream.send(self.to_agent, size, head, rest)
         if self.to_agent.queued != before:
             self._hold(self.to_agent.queued - before)
 

@@ -323,7 +323,7 @@ class Frontend(Client):
 class FrontendConnection(Connection):
     """A proxied connection of a gRPC client."""
 
-    __slots__ = ("_frontend", "_write_duration", "client_id", "to_client")
+    __slots__ = ("_frontend", "_stream", "_write_duration", "client_id", "to_client")
 
     def __init__(
         self, state: ServerState, dial: PendingDial, connect_id: int, frontend: Frontend
@@ -331,6 +331,7 @@ class FrontendConnection(Connection):
         self.to_client = Flow(self._drained_to_client)
         super().__init__(state, dial, connect_id, self.to_client)
         self._frontend = frontend
+        self._stream = frontend.call.stream
         self._write_duration = state.metrics.frontend_write_duration_seconds.labels()
         self.client_id = frontend.free_id(connect_id)
 
@@ -365,7 +366,8 @@ class FrontendConnection(Connection):
             head, size = _renumber(self.client_id, size, head, payload)
         self._state.data_packets.to_client.value += 1
         began = perf_counter()
-        self._frontend.call.forward(flow, size, head, rest)
+        # Not through the call: it was answered with the DIAL_RSP, and its end ends the connection.
+        self._stream.send(flow, size, head, rest)
         self._write_duration.observe(perf_counter() - began)
         if flow.queued:
             self.note_queue()
