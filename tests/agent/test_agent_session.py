@@ -105,9 +105,7 @@ async def test_dial_that_is_too_long(
         agent.server.send(DialRequest(protocol, address, 5))
         await agent.server.expect(DialResponse(error=error, random=5))
         assert not is_busy(agent)
-        assert values(agent.metrics.rejected_packets_total) == {
-            "to_agent,long_address": 1
-        }
+        assert values(agent.metrics.rejected_packets_total) == {"to_agent,long_address": 1}
         # It has used up a number, as any dial does; the stream goes on.
         await agent.connect(connect_id=2)
 

@@ -112,9 +112,7 @@ def test_pieces_of_one_batch_are_not_joined() -> None:
 def test_a_short_first_piece_is_joined_with_the_others() -> None:
     data = framed(b"x" * 200)
     taken: list[tuple[bytes, int]] = []
-    assembler = MessageAssembler(
-        lambda _size, head, rest: taken.append((bytes(head), len(rest)))
-    )
+    assembler = MessageAssembler(lambda _size, head, rest: taken.append((bytes(head), len(rest))))
     assembler.feed(memoryview(data)[: HEAD - 1])
     assembler.feed(memoryview(data)[HEAD - 1 :])
     assert taken == [(data, 0)]
@@ -133,7 +131,11 @@ def test_an_empty_view_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("head", "status", "text"),
     [
-        (b"\1\0\0\0\1", Status.INTERNAL, "grpc: compressed flag set with identity or empty encoding"),
+        (
+            b"\1\0\0\0\1",
+            Status.INTERNAL,
+            "grpc: compressed flag set with identity or empty encoding",
+        ),
         (b"\2\0\0\0\1", Status.INTERNAL, "grpc: received unexpected payload format 2"),
         (
             b"\0\0\0\0\x0b",

@@ -18,9 +18,11 @@ from clusterproxy.grpc import (
 
 letters = string.ascii_lowercase + string.digits + "-_."
 names = st.text(letters, min_size=1, max_size=10).filter(
-    lambda name: not name.startswith("grpc-")
-    and not name.endswith("-bin")
-    and name not in ("te", "user-agent", "content-type")
+    lambda name: (
+        not name.startswith("grpc-")
+        and not name.endswith("-bin")
+        and name not in ("te", "user-agent", "content-type")
+    )
 )
 texts = st.text("".join(map(chr, range(0x20, 0x7F))), max_size=10)
 metadata = st.one_of(
@@ -124,7 +126,8 @@ def test_timeouts(value: bytes, seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [b"", b"S", b"1", b"1s", b"-1S", b"+1S", b"1.5S", b"123456789n", b" 1S", b"1S\n", b"\xff"]
+    "value",
+    [b"", b"S", b"1", b"1s", b"-1S", b"+1S", b"1.5S", b"123456789n", b" 1S", b"1S\n", b"\xff"],
 )
 def test_malformed_timeouts(value: bytes) -> None:
     with pytest.raises(MetadataError, match="malformed grpc-timeout"):

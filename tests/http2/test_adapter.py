@@ -410,7 +410,8 @@ def test_h2_still_lets_unforeseen_errors_through(error: Exception) -> None:
 
 _IDS = st.sampled_from([0, 1, 1, 2, 3, 5, 2**31 + 1])
 _FLAGS = st.one_of(
-    st.sampled_from([0, END_STREAM, END_HEADERS, END_HEADERS | END_STREAM, 0x2C]), st.integers(0, 255)
+    st.sampled_from([0, END_STREAM, END_HEADERS, END_HEADERS | END_STREAM, 0x2C]),
+    st.integers(0, 255),
 )
 _NAMES = st.one_of(
     st.sampled_from([b":method", b":path", b":status", b":authority", b"content-length", b"host"]),

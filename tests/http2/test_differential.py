@@ -500,19 +500,19 @@ resets = st.builds(
     any_ids,
     st.sampled_from([0, 1, 7, 8, 11, 99]),
 )
-pings = st.builds(lambda flags, body: raw(6, flags, 0, body), st.sampled_from([0, ACK]), st.binary(min_size=8, max_size=8))
+pings = st.builds(
+    lambda flags, body: raw(6, flags, 0, body),
+    st.sampled_from([0, ACK]),
+    st.binary(min_size=8, max_size=8),
+)
 priorities = st.builds(
     lambda i, on: raw(PRIORITY, 0, i, on.to_bytes(4, "big") + b"\x10"), any_ids, any_ids
 )
-unknown = st.builds(
-    raw, st.integers(10, 255), st.integers(0, 255), any_ids, st.binary(max_size=40)
-)
+unknown = st.builds(raw, st.integers(10, 255), st.integers(0, 255), any_ids, st.binary(max_size=40))
 goaway_frames = st.builds(
     goaway, st.sampled_from([0, 1, 3, 2**31 - 1]), st.sampled_from([0, 0, 0, 1, 11])
 )
-wild = st.builds(
-    raw, st.integers(0, 12), st.integers(0, 255), any_ids, st.binary(max_size=30)
-)
+wild = st.builds(raw, st.integers(0, 12), st.integers(0, 255), any_ids, st.binary(max_size=30))
 half_promise = st.just(raw(PUSH_PROMISE, 0, 1, b"\0\0\0\x02\x82"))
 
 
@@ -548,7 +548,9 @@ illegal = st.one_of(
 )
 actions = st.tuples(
     st.just("act"),
-    st.sampled_from(["respond", "respond", "finish", "end", "reset", "hold", "hold", "send", "send"]),
+    st.sampled_from(
+        ["respond", "respond", "finish", "end", "reset", "hold", "hold", "send", "send"]
+    ),
     known_ids,
     st.sampled_from([1, 1000, 17_000, 40_000]),
 )
@@ -590,9 +592,7 @@ RESET_3 = raw(RST_STREAM, 0, 3, b"\0\0\0\x08")
 @example(items=[("act", "hold", 1, 0)] + [("frame", FULL)] * 3, cuts=[5])
 @example(items=[("act", "reset", 1, 0)] + [("frame", FULL)] * 9, cuts=[9])
 @example(items=[("act", "hold", i, 0) for i in (1, 3, 5)] + [("frame", FULL)] * 3, cuts=[9])
-@example(
-    items=[("frame", Wire(data(i, bytes(16_384)))) for i in (1, 3, 5, 1, 3)], cuts=[10**6]
-)
+@example(items=[("frame", Wire(data(i, bytes(16_384)))) for i in (1, 3, 5, 1, 3)], cuts=[10**6])
 @example(
     items=[("open", 0, 0, [(b"content-length", b"5")], 0), ("frame", Wire(data(7, b"123456")))],
     cuts=[3],
@@ -600,14 +600,18 @@ RESET_3 = raw(RST_STREAM, 0, 3, b"\0\0\0\x08")
 @example(items=[("frame", Wire(data(1, b"", end=True))), ("frame", FULL)], cuts=[10**6])
 @example(items=[("headers", 7, REQUEST, 0, 1, data(1, b"amid it"))], cuts=[1])
 @example(items=[("frame", RESET_3), ("frame", data(3, bytes(500)))], cuts=[700])
-@example(items=[("frame", raw(PUSH_PROMISE, 0, 1, b"\0\0\0\x02\x82")), ("frame", FULL)], cuts=[10**6])
+@example(
+    items=[("frame", raw(PUSH_PROMISE, 0, 1, b"\0\0\0\x02\x82")), ("frame", FULL)], cuts=[10**6]
+)
 @given(items=st.lists(items, max_size=25), cuts=cut_sizes)
 @thorough
 async def test_a_server_receives_as_h2_does(items: list[Item], cuts: list[int]) -> None:
     run(items, cuts, client=False)
 
 
-@example(items=[("frame", raw(PUSH_PROMISE, 0, 1, b"\0\0\0\x02\x82")), ("frame", FULL)], cuts=[10**6])
+@example(
+    items=[("frame", raw(PUSH_PROMISE, 0, 1, b"\0\0\0\x02\x82")), ("frame", FULL)], cuts=[10**6]
+)
 @given(items=st.lists(items, max_size=25), cuts=cut_sizes)
 @thorough
 async def test_a_client_receives_as_h2_does(items: list[Item], cuts: list[int]) -> None:

@@ -12,7 +12,9 @@ BUFFERFUL = 32 * 1024
 
 thorough = settings(derandomize=True, deadline=None, max_examples=150)
 message_sizes = st.one_of(
-    st.integers(0, 200), st.integers(0, 3 * QUANTUM), st.sampled_from([QUANTUM - 1, QUANTUM, QUANTUM + 1])
+    st.integers(0, 200),
+    st.integers(0, 3 * QUANTUM),
+    st.sampled_from([QUANTUM - 1, QUANTUM, QUANTUM + 1]),
 )
 busy_sizes = st.one_of(st.integers(500, 5000), st.integers(BUFFERFUL, 3 * QUANTUM))
 

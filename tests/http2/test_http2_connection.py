@@ -462,7 +462,9 @@ async def test_a_sender_stays_within_the_window_of_the_stream() -> None:
 
 async def test_a_sender_stays_within_the_window_of_the_connection() -> None:
     wired, peer = Wired(), Peer()
-    wired.receive(PREFACE, settings({4: LARGEST}), peer.headers(1, REQUEST), peer.headers(3, REQUEST))
+    wired.receive(
+        PREFACE, settings({4: LARGEST}), peer.headers(1, REQUEST), peer.headers(3, REQUEST)
+    )
     one, two = answered(wired, 1), answered(wired, 3)
     one.send(None, 65_000, bytes(65_000))
     two.send(None, 1000, b"x" * 1000)
@@ -535,7 +537,9 @@ async def test_frames_are_as_large_as_the_peer_takes_them() -> None:
 
 async def test_flows_of_a_stream_share_it_and_streams_share_the_connection() -> None:
     wired, peer = Wired(), Peer()
-    wired.receive(PREFACE, settings({4: LARGEST}), peer.headers(1, REQUEST), peer.headers(3, REQUEST))
+    wired.receive(
+        PREFACE, settings({4: LARGEST}), peer.headers(1, REQUEST), peer.headers(3, REQUEST)
+    )
     one, two = answered(wired, 1), answered(wired, 3)
     one.send(None, 65_535, bytes(65_535))
     flows = [Flow() for _ in range(3)]
@@ -717,7 +721,16 @@ async def test_a_full_socket_keeps_the_order(nursery: trio.Nursery) -> None:
     connection.send_headers(wired.stream(3), RESPONSE)
     assert (flow.queued, len(wired.transport.sent)) == (1, 0)
     sent = await until_written(wired)
-    assert types(sent) == ["Headers", "Ping", "Headers", "Data", "Data", "Data", "Headers", "RstStream"]
+    assert types(sent) == [
+        "Headers",
+        "Ping",
+        "Headers",
+        "Data",
+        "Data",
+        "Data",
+        "Headers",
+        "RstStream",
+    ]
     assert [f.stream_id for f in sent] == [1, 0, 3, 1, 1, 1, 1, 1]
     assert b"".join(f.data for f in sent if isinstance(f, DataFrame)) == b"012"
     assert not connection.output.blocked
@@ -778,9 +791,13 @@ async def test_a_lent_buffer_may_be_used_again_after_the_batch(nursery: trio.Nur
     assert [f.data for f in sent if isinstance(f, DataFrame)] == [b"first", b"other"]
 
 
-@pytest.mark.parametrize("error", [trio.BrokenResourceError("gone"), trio.ClosedResourceError("gone")])
+@pytest.mark.parametrize(
+    "error", [trio.BrokenResourceError("gone"), trio.ClosedResourceError("gone")]
+)
 @pytest.mark.parametrize("while_draining", [False, True])
-async def test_a_broken_socket(nursery: trio.Nursery, error: Exception, while_draining: bool) -> None:
+async def test_a_broken_socket(
+    nursery: trio.Nursery, error: Exception, while_draining: bool
+) -> None:
     wired, _ = server()
     connection = wired.connection
     connection._nursery = nursery
@@ -941,9 +958,7 @@ async def test_a_busy_go_peer_is_not_punished(autojump_clock: MockClock) -> None
     # Downloading: it sends nothing but these.
     for _ in range(3000):
         stream.send(None, 16_384, bytes(16_384))
-        wired.receive(
-            window_update(1, 16_384), window_update(0, 16_384), raw(PING, 0, 0, bytes(8))
-        )
+        wired.receive(window_update(1, 16_384), window_update(0, 16_384), raw(PING, 0, 0, bytes(8)))
         wired.take_sent()
     assert wired.connection.lost is None
 
@@ -1055,7 +1070,12 @@ async def test_a_server_that_makes_requests_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "garbage",
-    [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\x02\x00" * 10, PREFACE[:-1] + b"!", bytes(50)],
+    [
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\x16\x03\x01\x02\x00" * 10,
+        PREFACE[:-1] + b"!",
+        bytes(50),
+    ],
 )
 async def test_something_that_is_not_http2(garbage: bytes) -> None:
     wired = Wired()
@@ -1178,7 +1198,10 @@ async def test_a_wrong_ping(frame: bytes, code: ErrorCodes) -> None:
 async def test_answers_stay_in_order() -> None:
     wired, _ = server()
     wired.receive(
-        raw(PING, 0, 0, b"1" * 8), settings({}), raw(PING, 0, 0, b"2" * 8), raw(PING, 8, 0, b"3" * 8)
+        raw(PING, 0, 0, b"1" * 8),
+        settings({}),
+        raw(PING, 0, 0, b"2" * 8),
+        raw(PING, 8, 0, b"3" * 8),
     )
     assert types(frames_of(wired)) == ["Ping", "Settings", "Ping", "Ping"]
 
@@ -1297,7 +1320,9 @@ async def test_a_graceful_goaway_from_the_client() -> None:
 async def test_a_goaway_with_an_error() -> None:
     wired, _ = server()
     wired.receive(goaway(0, 11) + b"", data(1, b"ignored"))
-    assert "ENHANCE_YOUR_CALM" in (wired.connection.lost or "") or "11" in (wired.connection.lost or "")
+    assert "ENHANCE_YOUR_CALM" in (wired.connection.lost or "") or "11" in (
+        wired.connection.lost or ""
+    )
     assert wired.handlers[1].data == b""
     wired.connection._end()
     reset = wired.handlers[1].reset
@@ -1386,4 +1411,3 @@ async def test_nothing_is_left_of_streams_that_are_gone(how: str) -> None:
     assert connection.output._frames == []
     assert connection.output.waiting == 0
     assert len(connection.h2._closed_streams) <= 1024
-

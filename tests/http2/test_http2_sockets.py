@@ -270,7 +270,9 @@ async def test_what_is_sent_before_run_is_drained_by_it() -> None:
     server = Http2Connection(Transport(other), client=False, limits=Http2Limits(), on_request=echo)
     handlers = [Handler() for _ in range(400)]
     for n, handler in enumerate(handlers):
-        stream = client.open_stream([*REQUEST, (b"x", b"%d" % n + bytes(range(33, 126)) * 10)], handler)
+        stream = client.open_stream(
+            [*REQUEST, (b"x", b"%d" % n + bytes(range(33, 126)) * 10)], handler
+        )
         stream.send(None, 5, b"hello")
         stream.when_sent(lambda stream=stream: client.end_stream(stream))  # type: ignore[misc]
     with trio.fail_after(20):
@@ -441,7 +443,11 @@ async def test_a_flood_is_cut_off_with_a_goaway_and_the_rest_goes_on() -> None:
                 break
             received += part
         assert connection.lost == "too many control frames"
-        assert types(parse_frames(_whole_frames(received)))[:3] == ["Settings", "WindowUpdate", "Settings"]
+        assert types(parse_frames(_whole_frames(received)))[:3] == [
+            "Settings",
+            "WindowUpdate",
+            "Settings",
+        ]
         client = H2Client(lively)
         stream_id = await client.open()
         await client.send(stream_id, b"hello")

@@ -286,9 +286,7 @@ async def test_without_descriptors_it_waits_and_goes_on(
     ]
 
 
-async def test_a_bug_ends_one_connection(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_bug_ends_one_connection(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     accepting = Accepting(tmp_path / "socket")
     served: list[socket.socket] = []
 

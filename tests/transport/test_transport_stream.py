@@ -355,7 +355,9 @@ async def test_a_peer_that_goes_while_the_socket_is_full() -> None:
 
         @nursery.start_soon
         async def _() -> None:
-            with pytest.raises(trio.BrokenResourceError, match=r"^(Broken pipe|Connection reset.*)$"):
+            with pytest.raises(
+                trio.BrokenResourceError, match=r"^(Broken pipe|Connection reset.*)$"
+            ):
                 await transport.drain()
 
         await trio.testing.wait_all_tasks_blocked()
@@ -611,7 +613,9 @@ async def test_a_key_update_is_answered(tmp_path: Path) -> None:
     assert peer.server.send([b"answer"])
     records = peer.incoming.decrypt(peer.sock.recv(1000))
     assert records == [(22, b"\x18\0\0\x01\0"), (23, b"answer")]
-    peer.sock.send(peer.outgoing.key_update() + peer.outgoing.key_update() + peer.outgoing.data(b"x"))
+    peer.sock.send(
+        peer.outgoing.key_update() + peer.outgoing.key_update() + peer.outgoing.data(b"x")
+    )
     assert bytes(await peer.server.receive()) == b"x"
     # What reading produces is sent at once.
     assert peer.incoming.decrypt(peer.sock.recv(1000))[0][0] == 22

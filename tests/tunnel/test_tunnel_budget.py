@@ -80,7 +80,10 @@ class GuardMachine(RuleBasedStateMachine):
         size = min(size, source.queue.queued)
         source.queue.queued -= size
         source.queue.taken += size
-        assert (source.guard.queued, source.guard.taken) == (source.queue.queued, source.queue.taken)
+        assert (source.guard.queued, source.guard.taken) == (
+            source.queue.queued,
+            source.queue.taken,
+        )
         self.update(source)
 
     @rule(index=st.integers(0, 3))

@@ -101,7 +101,9 @@ class Servers:
         return opened
 
     async def _serve(
-        self, address: tuple[str, int], task_status: trio.TaskStatus[bool] = trio.TASK_STATUS_IGNORED
+        self,
+        address: tuple[str, int],
+        task_status: trio.TaskStatus[bool] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         host, port = address
         started = False

@@ -36,7 +36,8 @@ class AgentState:
     resolver: Resolver
     data_packets: PacketCounters
     buffered_bytes: Cell = attrs.field(
-        init=False, default=attrs.Factory(lambda self: self.metrics.buffered_bytes.labels(), takes_self=True)
+        init=False,
+        default=attrs.Factory(lambda self: self.metrics.buffered_bytes.labels(), takes_self=True),
     )
     #: When a dial or an open connection was last seen; what ends a drain.
     last_use: float = 0.0

@@ -54,7 +54,9 @@ def encode_headers(metadata: Mapping[str, Iterable[str | bytes]]) -> list[Header
                 # HTTP/2 forbids spaces at the ends (RFC 9113 §8.2.1).
                 encoded = encoded.strip(b" ")
                 if not _VALUE.match(encoded):
-                    raise MetadataError(f"metadata {name!r} has a value that is not printable ASCII")
+                    raise MetadataError(
+                        f"metadata {name!r} has a value that is not printable ASCII"
+                    )
             fields.append((key, encoded))
     return fields
 

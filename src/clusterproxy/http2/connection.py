@@ -79,7 +79,10 @@ class Http2Connection:
             max_header_list=limits.max_header_list,
         )
         self.output = Output(
-            transport, self.h2, self.start_soon, lambda error: self.fail(f"connection broken: {error}")
+            transport,
+            self.h2,
+            self.start_soon,
+            lambda error: self.fail(f"connection broken: {error}"),
         )
         self.streams: dict[int, Stream] = {}
         self.lost: str | None = None
@@ -315,7 +318,9 @@ class Http2Connection:
         self.draining = True
         for stream in list(self.streams.values()):
             if self._client and stream.id > (event.last_stream_id or 0):
-                self._forget(stream, ErrorCode.REFUSED_STREAM, "not accepted before GOAWAY", tell=True)
+                self._forget(
+                    stream, ErrorCode.REFUSED_STREAM, "not accepted before GOAWAY", tell=True
+                )
         self._check_idle()
 
     # -- streams -----------------------------------------------------------------------------------

@@ -80,9 +80,7 @@ class Output:
 
     # -- putting frames down -----------------------------------------------------------------------
 
-    def put_data(
-        self, stream_id: int, size: int, head: Buffer, rest: tuple[Buffer, ...]
-    ) -> None:
+    def put_data(self, stream_id: int, size: int, head: Buffer, rest: tuple[Buffer, ...]) -> None:
         """Put *size* bytes down as DATA; the windows allow it. The buffers are lent for this batch."""
         frames = self._frames
         if size <= self.max_frame_size:
@@ -174,7 +172,9 @@ class Output:
 
     def _pump(self) -> None:
         ready, h2 = self._ready, self._h2
-        while ready and not self.blocked and not self.closed and h2.outbound_flow_control_window > 0:
+        while (
+            ready and not self.blocked and not self.closed and h2.outbound_flow_control_window > 0
+        ):
             stream = next(iter(ready))
             del ready[stream]
             if stream.pump():

@@ -183,7 +183,9 @@ class FrameReceiver:
                 self._sink.deliver(stream, piece)
         return position + len(piece)
 
-    def _begin_frame(self, view: memoryview, position: int, kind: int, flags: int, size: int) -> int:
+    def _begin_frame(
+        self, view: memoryview, position: int, kind: int, flags: int, size: int
+    ) -> int:
         """Pass a frame, or as much of it as is here, to h2."""
         self._check_frame(kind, flags, size)
         if self._sink.lost:

@@ -98,7 +98,9 @@ class Stream:
 
     # -- sending -----------------------------------------------------------------------------------
 
-    def send(self, flow: Flow | None, size: int, head: Buffer, rest: tuple[Buffer, ...] = ()) -> None:
+    def send(
+        self, flow: Flow | None, size: int, head: Buffer, rest: tuple[Buffer, ...] = ()
+    ) -> None:
         """Send one message of *size* bytes, given in buffers that are only lent for this batch.
 
         Without a *flow* it goes before everything that waits. On a stream that is gone it is dropped.

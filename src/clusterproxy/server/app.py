@@ -248,7 +248,12 @@ async def run_server(config: ServerConfig) -> int:
                 "health-port",
                 partial(serve_http_socket, health),
             ),
-            (config.admin_bind_address, config.admin_port, "admin-port", partial(serve_http_socket, admin)),
+            (
+                config.admin_bind_address,
+                config.admin_port,
+                "admin-port",
+                partial(serve_http_socket, admin),
+            ),
         ):
             listeners.append((opened.enter_context(listen_tcp(host, port, flag)), serve))
         async with _unlinked(config.uds_name):

@@ -237,7 +237,9 @@ class Backend:
         dial.remove()
         if response.error or response.connect_id <= 0 or response.connect_id in self.connections:
             self._state.count_dial_failure("error_response")
-            dial.client.refused(dial, response.error or "agent answered without a new connection ID")
+            dial.client.refused(
+                dial, response.error or "agent answered without a new connection ID"
+            )
             return
         self._state.metrics.dial_duration_seconds.observe(trio.current_time() - dial.started)
         self._closing.pop(response.connect_id, None)

@@ -23,7 +23,9 @@ class Strategy:
     Source: pkg/server/backend_manager.go, desthost_backend_manager.go, default_route_backend_manager.go.
     """
 
-    def __init__(self, name: str, keys: Callable[[Backend], Iterable[str]], *, by_host: bool) -> None:
+    def __init__(
+        self, name: str, keys: Callable[[Backend], Iterable[str]], *, by_host: bool
+    ) -> None:
         self.name = name
         self._keys = keys
         self._by_host = by_host

@@ -180,7 +180,9 @@ class Connection(ABC):
         "to_agent",
     )
 
-    def __init__(self, state: ServerState, dial: PendingDial, connect_id: int, queue: Queue) -> None:
+    def __init__(
+        self, state: ServerState, dial: PendingDial, connect_id: int, queue: Queue
+    ) -> None:
         self._state = state
         self.backend = dial.backend
         self.connect_id = connect_id
@@ -190,7 +192,9 @@ class Connection(ABC):
         self._agent_stream = stream = dial.backend.call.stream
         self.guard = Guard(queue, state.budget, stream.hold, stream.release)
         _log.debug(
-            "connection to %.256s opened", dial.address, extra={**self.log_fields, "dial_id": dial.random}
+            "connection to %.256s opened",
+            dial.address,
+            extra={**self.log_fields, "dial_id": dial.random},
         )
         # Before the client is told: if that fails, there is something to close.
         self.backend.adopt(self)

@@ -172,7 +172,9 @@ class Frontend(Client):
         if backend is None:
             self._state.count_dial_failure("no_agent")
             _log.warning(
-                "dial of %.256s failed: no agent", request.address, extra={"dial_id": request.random}
+                "dial of %.256s failed: no agent",
+                request.address,
+                extra={"dial_id": request.random},
             )
             self._send(DialResponse(error=NO_AGENT, random=request.random))
             # As upstream, but not if that would swallow the data of another connection.
@@ -340,9 +342,7 @@ class FrontendConnection(Connection):
         if self._frontend.shield is not None:
             self._frontend.shield.release(self.to_client)
 
-    def from_client(
-        self, size: int, head: Buffer, rest: tuple[Buffer, ...], payload: int
-    ) -> None:
+    def from_client(self, size: int, head: Buffer, rest: tuple[Buffer, ...], payload: int) -> None:
         """Pass on DATA of the client; what waits is held against its stream."""
         if self.to_client.held:
             self.uncover()

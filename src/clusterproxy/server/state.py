@@ -44,7 +44,8 @@ class ServerState:
     budget: Budget
     data_packets: PacketCounters
     buffered_bytes: Cell = attrs.field(
-        init=False, default=attrs.Factory(lambda self: self.metrics.buffered_bytes.labels(), takes_self=True)
+        init=False,
+        default=attrs.Factory(lambda self: self.metrics.buffered_bytes.labels(), takes_self=True),
     )
 
     #: Connections with something that waits for their clients.

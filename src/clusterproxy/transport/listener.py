@@ -107,7 +107,9 @@ def listen_unix(path: str, *, delete_existing: bool) -> socket.socket:
 
 
 async def accept_forever(
-    listener: socket.socket, serve: Callable[[socket.socket], Awaitable[None]], nursery: trio.Nursery
+    listener: socket.socket,
+    serve: Callable[[socket.socket], Awaitable[None]],
+    nursery: trio.Nursery,
 ) -> Never:
     """Start ``serve(sock)`` in *nursery* for each connection.
 

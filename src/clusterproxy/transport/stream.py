@@ -51,7 +51,9 @@ _ANSWERS: Final = 16 * 1024
 _USER_TIMEOUT_MS: Final = 15_000
 _KEEPALIVE_S: Final = 15
 
-_GONE: Final = frozenset((errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT, errno.ESHUTDOWN))
+_GONE: Final = frozenset(
+    (errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT, errno.ESHUTDOWN)
+)
 
 
 class _Buffers(threading.local):
@@ -63,6 +65,7 @@ class _Buffers(threading.local):
 
     def __init__(self) -> None:
         self.cipher = memoryview(bytearray(READ_SIZE))
+        self.slice = memoryview(bytearray(_SLICE))
         self.plain = memoryview(bytearray(READ_SIZE + _RECORD))
 
 
@@ -106,6 +109,7 @@ class Transport:
         "_more",
         "_out",
         "_plain",
+        "_slice",
         "_unsent",
         "sock",
         "tls",
@@ -128,6 +132,7 @@ class Transport:
         self._more = False
         self._cipher = _buffers.cipher
         self._plain = _buffers.plain
+        self._slice = _buffers.slice
         self._in_a_row = 0
         self._emptied = False
         if context is not None:
@@ -292,20 +297,37 @@ class Transport:
         tls = self.tls
         if tls is None:
             return self._send_parts(parts)
-        data = memoryview(parts[0] if len(parts) == 1 else b"".join(parts))
-        size = len(data)
-        out = self._out
         try:
-            if size <= _SLICE:
-                tls.write(data)
-                return self._send_now(out.read())
-            records: list[Buffer] = []
-            for start in range(0, size, _SLICE):
-                tls.write(data[start : start + _SLICE])
-                records.append(out.read())
+            return self._send_parts(self._encrypt(parts, tls))
         except ssl.SSLError as error:
             raise self._broken(error) from error
-        return self._send_parts(records)
+
+    def _encrypt(self, parts: Sequence[Buffer], tls: ssl.SSLObject) -> list[Buffer]:
+        """Encrypt the parts one slice at a time, gathered in a buffer that stays in the cache."""
+        out, slice_ = self._out, self._slice
+        records: list[Buffer] = []
+        filled = 0
+        for part in parts:
+            size = len(part)
+            if size <= _SLICE - filled:
+                slice_[filled : filled + size] = part
+                filled += size
+                continue
+            view, start = memoryview(part), 0
+            while start < size:
+                stop = start + _SLICE - filled
+                piece = view[start:stop]
+                slice_[filled : filled + len(piece)] = piece
+                filled += len(piece)
+                start = stop
+                if filled == _SLICE:
+                    tls.write(slice_)
+                    records.append(out.read())
+                    filled = 0
+        if filled:
+            tls.write(slice_[:filled])
+            records.append(out.read())
+        return records
 
     def _send_parts(self, parts: Sequence[Buffer]) -> bool:
         if len(parts) == 1:

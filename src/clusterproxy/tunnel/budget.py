@@ -70,7 +70,16 @@ class Guard:
       hold, release: withhold so many bytes of the source's credit, and grant them again.
     """
 
-    __slots__ = ("_budget", "_closed", "_counted", "_held", "_hold", "_queue", "_release", "_watched")
+    __slots__ = (
+        "_budget",
+        "_closed",
+        "_counted",
+        "_held",
+        "_hold",
+        "_queue",
+        "_release",
+        "_watched",
+    )
 
     def __init__(
         self,
