@@ -172,10 +172,11 @@ class Output:
 
     def _pump(self) -> None:
         ready, h2 = self._ready, self._h2
-        while (
-            ready and not self.blocked and not self.closed and h2.outbound_flow_control_window > 0
-        ):
+        while ready and not self.blocked and not self.closed:
             stream = next(iter(ready))
+            # An end behind the last message needs no window.
+            if stream.waiting and h2.outbound_flow_control_window <= 0:
+                return
             del ready[stream]
             if stream.pump():
                 ready[stream] = None
