@@ -2,7 +2,6 @@ package suite
 
 import (
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -143,13 +142,26 @@ func freePort() int {
 		if ports.next++; ports.next > lastPort {
 			ports.next = firstPort
 		}
-		ln, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
-		if err == nil {
-			ln.Close()
+		if isFree(port) {
 			return port
 		}
 	}
 	panic("no free port")
+}
+
+// isFree binds and does not listen: a process that is being started at this
+// moment holds our sockets until its exec, and a listening one would keep the
+// port from whoever gets it.
+func isFree(port int) bool {
+	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer syscall.Close(fd)
+	if syscall.SetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_REUSEADDR, 1) != nil {
+		return false
+	}
+	return syscall.Bind(fd, &syscall.SockaddrInet4{Port: port, Addr: [4]byte{127, 0, 0, 1}}) == nil
 }
 
 func waitClosed(ch <-chan struct{}, limit time.Duration) bool {
