@@ -1045,6 +1045,17 @@ async def test_more_streams_than_allowed() -> None:
     assert list(wired.connection.streams) == [1, 5, 7]
     wired.receive(peer.headers(9, REQUEST))
     assert wired.connection.lost
+    assert wired.connection.at_fault
+    assert wired.exceeded == ["streams"]
+
+
+async def test_a_header_list_that_is_too_large() -> None:
+    """Small on the wire, for every field after the first is a reference to it."""
+    wired, peer = server(0, limits=Http2Limits(max_header_list=4096))
+    wired.receive(peer.headers(1, [*REQUEST, *[(b"x-filler", b"y" * 1000)] * 5]))
+    assert wired.connection.lost
+    assert wired.connection.at_fault
+    assert wired.exceeded == ["header_list"]
 
 
 async def test_the_peers_limit_of_streams() -> None:

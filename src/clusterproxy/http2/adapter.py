@@ -13,7 +13,7 @@ import h2.events as events
 from h2.config import H2Configuration
 from h2.connection import ConnectionState, H2Connection
 from h2.errors import ErrorCodes as ErrorCode
-from h2.exceptions import H2Error
+from h2.exceptions import DenialOfServiceError, H2Error, TooManyStreamsError
 from h2.exceptions import ProtocolError as H2ProtocolError
 from h2.settings import SettingCodes, Settings
 from h2.stream import H2Stream
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from h2.events import Event
     from hyperframe.frame import Frame
 
-__all__ = ["Adapter", "ErrorCode", "H2Error", "H2Stream", "events"]
+__all__ = ["Adapter", "ErrorCode", "H2Error", "H2Stream", "events", "exceeded_limit"]
 
 Header = tuple[bytes, bytes]
 
@@ -33,6 +33,14 @@ _LARGEST_WINDOW: Final = 2**31 - 1
 
 # RFC 9113 §6.8: the last stream id of a GOAWAY that only announces the end.
 _ALL_STREAMS: Final = 2**31 - 1
+
+
+def exceeded_limit(error: H2Error) -> str | None:
+    """Return the name of the limit that a peer exceeded, if that is what an error of h2 means."""
+    if isinstance(error, TooManyStreamsError):
+        return "streams"
+    # h2 raises it for a header list that is too large, and for nothing else.
+    return "header_list" if isinstance(error, DenialOfServiceError) else None
 
 
 class Adapter(H2Connection):

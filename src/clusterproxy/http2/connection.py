@@ -10,7 +10,7 @@ import trio
 
 from clusterproxy.transport.outbox import current_outbox
 
-from .adapter import Adapter, ErrorCode, H2Error, events
+from .adapter import Adapter, ErrorCode, H2Error, events, exceeded_limit
 from .limits import Http2Limits, Meter
 from .output import Output
 from .receiver import FrameReceiver
@@ -154,6 +154,9 @@ class Http2Connection:
         except H2Error as error:
             self.output.pull()
             self.at_fault = True
+            limit = exceeded_limit(error)
+            if limit is not None:
+                self.note_limit(limit)
             self.fail(f"protocol error: {error}")
         for stream in self._unsettled:
             if stream.handler is not None:
@@ -197,10 +200,15 @@ class Http2Connection:
         self.output.close()
         self._transport.close()
 
+    def note_limit(self, limit: str) -> None:
+        """Count that the peer has exceeded a limit."""
+        if self._on_limit is not None:
+            self._on_limit(limit)
+
     def exceed(self, limit: str, reason: str) -> None:
         """End the connection of a peer that asks too much."""
-        if self._on_limit is not None and not self.lost:
-            self._on_limit(limit)
+        if not self.lost:
+            self.note_limit(limit)
         self.fail(reason, ErrorCode.ENHANCE_YOUR_CALM)
 
     # -- what the receiver has cut -----------------------------------------------------------------
@@ -377,8 +385,7 @@ class Http2Connection:
 
     def refuse_stream(self, stream: Stream, reason: str) -> None:
         """Reset a stream whose peer asks too much, and tell its handler."""
-        if self._on_limit is not None:
-            self._on_limit("answers")
+        self.note_limit("answers")
         self.reset_stream(stream, ErrorCode.ENHANCE_YOUR_CALM, told=reason)
 
     def _retire(self, stream: Stream) -> None:

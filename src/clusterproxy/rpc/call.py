@@ -126,6 +126,8 @@ class Call(ABC):
         try:
             return self._assembler.feed(view) and not self.closed
         except FramingError as error:
+            if error.status is Status.RESOURCE_EXHAUSTED:
+                self.connection.note_limit("message_size")
             self.abort(error.status, str(error))
         except RPCError as error:
             self.abort(Status(error.status), error.message)
