@@ -747,6 +747,7 @@ async def test_message_too_large(autojump_clock: MockClock) -> None:
         status, text = await client.status()
         assert status == "ResourceExhausted"
         assert text.startswith("grpc: received message larger than max")
+        assert server.limits_exceeded == ["message_size"]
         await agent.expect(CloseRequest(1))
 
 
