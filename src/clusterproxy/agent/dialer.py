@@ -46,8 +46,6 @@ _CONNECT_TIMEOUT_S: Final = 20.0
 class ServerUnreachable(ClusterProxyError):
     """No session could be opened to a server."""
 
-    retryable = True
-
 
 class ServerDialer:
     """Opens sessions to the servers of one agent.

@@ -41,8 +41,6 @@ _CONTROL_OR_SPACE: Final = re.compile(r"[\x00-\x20\x7f]")
 class ProxyConnectError(ClusterProxyError):
     """The proxy did not open a way to the server."""
 
-    retryable = True
-
 
 @attrs.frozen(kw_only=True)
 class ProxyURL:

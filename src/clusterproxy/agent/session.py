@@ -55,8 +55,6 @@ _TYPES: Final = frozenset(int(kind) for kind in PacketType)
 class HandshakeError(ClusterProxyError):
     """The server's response headers are not those of a proxy server."""
 
-    retryable = True
-
 
 class Session:
     """One stream to one server (upstream: pkg/agent/client.go, Client).
