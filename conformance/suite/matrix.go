@@ -203,7 +203,8 @@ func (m *Matrix) Failures(decides func(id string) bool) []string {
 				if c.Status == "differs" {
 					continue
 				}
-				out = append(out, fmt.Sprintf("%s %s: %s", r.ID, p, c.Status))
+				why := slices.Concat(c.Errors, c.Differs)
+				out = append(out, fmt.Sprintf("%s %s: %s: %s", r.ID, p, c.Status, strings.Join(why[:min(len(why), 3)], "; ")))
 			}
 		}
 	}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from typing import TYPE_CHECKING
 from unittest.mock import patch
@@ -12,6 +13,7 @@ import trio
 from harness import AgentWorld, dial_ok, observations, read_to_end, session, settle, value, values
 
 from clusterproxy.agent.dial import EndpointDialError
+from clusterproxy.transport.outbox import current_outbox
 from clusterproxy_proto import (
     CloseDial,
     CloseRequest,
@@ -557,6 +559,42 @@ async def test_data_before_a_close_of_the_server(autojump_clock: MockClock) -> N
         agent.server.resume()
         assert await agent.server.read(1, 30_000) == bytes(30_000)
         await agent.server.expect(CloseResponse("", 1))
+
+
+@pytest.mark.parametrize("kind", ["tcp", "udp"])
+async def test_no_data_follows_the_answer_to_a_close(kind: str, autojump_clock: MockClock) -> None:
+    """Bytes that arrive in the same round of the event loop as the CLOSE_REQ (row A05)."""
+    async with session() as agent:
+        for number in range(1, 21):  # which of two tasks that wake together runs first is chance
+            if kind == "tcp":
+                service = (await agent.connect(connect_id=number)).socket
+            else:
+                service = trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+                await service.bind(("127.0.0.1", 0))
+                port = service.getsockname()[1]
+                agent.server.send(DialRequest("udp", f"127.0.0.1:{port}", 7))
+                await agent.server.expect(dial_ok(number, 7))
+                agent.server.send(Data(number, data=b"x"))
+                await service.connect((await service.recvfrom(1))[1])
+            ours, theirs = socket.socketpair()
+            with ours, theirs, service:
+                async with trio.open_nursery() as nursery:
+
+                    async def close(
+                        wakes: socket.socket = theirs, connect_id: int = number
+                    ) -> None:
+                        await trio.lowlevel.wait_readable(wakes)
+                        packet = Packet.of(CloseRequest(connect_id))
+                        with current_outbox():
+                            agent.session._receive_packet(packet)
+
+                    nursery.start_soon(close)
+                    await settle()
+                    os.write(service.fileno(), b"y")
+                    ours.send(b"y")
+                while (payload := await agent.server.next()) != CloseResponse("", number):
+                    assert payload == Data(number, data=b"y")
+                await agent.server.expect_nothing_more()
 
 
 async def test_the_service_waits_for_the_server(autojump_clock: MockClock) -> None:

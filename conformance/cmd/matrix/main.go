@@ -139,7 +139,7 @@ func run() error {
 	failures := m.Failures(decides)
 	fmt.Printf("%d rows in %v, %d deciding cells failed\n", len(sel.Rows), time.Since(begin).Round(time.Second), len(failures))
 	if len(failures) > 0 {
-		return fmt.Errorf("failed: %s", strings.Join(failures, "; "))
+		return fmt.Errorf("failed:\n  %s", strings.Join(failures, "\n  "))
 	}
 	return nil
 }

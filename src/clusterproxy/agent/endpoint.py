@@ -143,7 +143,9 @@ class StreamEndpoint(Endpoint):
         try:
             while True:
                 view = await transport.receive(self._room_now())
-                if not view:
+                # A cancellation does not reach a task that has been woken by bytes in the same
+                # round: they must not follow the answer to a CLOSE_REQ.
+                if not view or self.closing:
                     return
                 with outbox:
                     self._send(view)
@@ -239,6 +241,8 @@ class DatagramEndpoint(Endpoint):
                 continue
             except OSError:
                 return  # as Go: ECONNREFUSED of an earlier datagram ends the connection
+            if self.closing:
+                return
             if size:
                 header = data_header(self.connect_id, size)
                 message = prefix(len(header) + size) + header + self._buffer[:size]
