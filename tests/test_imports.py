@@ -18,7 +18,7 @@ PROGRAM = WIRE | {"clusterproxy.rpc", "clusterproxy.telemetry"}
 MAY_IMPORT: dict[str, set[str]] = {
     "clusterproxy_proto": set(),
     "clusterproxy.grpc": {"clusterproxy_proto"},
-    "clusterproxy.tunnel": {"clusterproxy_proto"},
+    "clusterproxy.tunnel": {"clusterproxy_proto", "clusterproxy.grpc"},
     "clusterproxy.transport": SANS_IO,
     "clusterproxy.http2": SANS_IO | {"clusterproxy.transport"},
     "clusterproxy.http1": SANS_IO | {"clusterproxy.transport"},

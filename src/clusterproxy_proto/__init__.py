@@ -2,6 +2,7 @@
 
 from clusterproxy_proto.datapath import canonical_data as canonical_data
 from clusterproxy_proto.datapath import data_header as data_header
+from clusterproxy_proto.datapath import run_end as run_end
 from clusterproxy_proto.packet import CloseDial as CloseDial
 from clusterproxy_proto.packet import CloseRequest as CloseRequest
 from clusterproxy_proto.packet import CloseResponse as CloseResponse

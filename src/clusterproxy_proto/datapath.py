@@ -58,6 +58,18 @@ def canonical_data(head: bytes | memoryview, start: int, size: int) -> tuple[int
     return None
 
 
+def run_end(view: memoryview, start: int, size: int, offset: int) -> int:
+    """Return where the messages end that begin with the same `offset` bytes as the one at `start`.
+
+    They are of `size` bytes each, one behind the other; `view` holds whole ones only.
+    """
+    head = bytes(view[start : start + offset])
+    stop, end = start + size, len(view)
+    while stop < end and view[stop : stop + offset] == head:
+        stop += size
+    return stop
+
+
 def data_header(connect_id: int, size: int) -> bytes:
     """Return what precedes the `size` bytes of a canonical DATA packet.
 

@@ -14,6 +14,7 @@ from harness import AgentWorld, dial_ok, observations, read_to_end, session, set
 
 from clusterproxy.agent.dial import EndpointDialError
 from clusterproxy.transport.outbox import current_outbox
+from clusterproxy.transport.stream import READ_SIZE
 from clusterproxy_proto import (
     CloseDial,
     CloseRequest,
@@ -447,8 +448,8 @@ async def test_over_the_budget(autojump_clock: MockClock) -> None:
         assert agent.server.unsent
         full, buffered = paused(agent)
         assert full == 1
-        # The window, and what one frame brings of it before it is counted.
-        assert BUDGET < buffered < BUDGET + (1 << 20) + (256 << 10)
+        # The window, and what one read brings of it before it is counted.
+        assert BUDGET < buffered < BUDGET + (1 << 20) + READ_SIZE
         await exactly(slow, b"".join(packet.data for packet in sent))
         await exactly(quick, b"hello")
         await trio.sleep(1)

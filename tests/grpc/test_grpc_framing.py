@@ -21,10 +21,17 @@ HEAD = 64
 class Receiver:
     """Copies what it is handed, as nothing may be kept of it, and checks the form."""
 
-    def __init__(self, max_size: int = MAX_MESSAGE_SIZE) -> None:
+    def __init__(self, max_size: int = MAX_MESSAGE_SIZE, *, runs: bool = False) -> None:
         self.messages: list[bytes] = []
-        self.copies = 0
-        self.assembler = MessageAssembler(self.take, max_size)
+        self.runs: list[int] = []
+        self.assembler = MessageAssembler(self.take, max_size, self.take_run if runs else None)
+
+    def take_run(self, size: int, view: memoryview) -> None:
+        count, rest = divmod(len(view), size)
+        assert count > 1
+        assert not rest
+        self.runs.append(count)
+        self.messages += [bytes(view[at : at + size]) for at in range(0, len(view), size)]
 
     def take(self, size: int, head: memoryview, rest: tuple[memoryview, ...]) -> None:
         message = b"".join((head, *rest))
@@ -84,6 +91,29 @@ def test_byte_by_byte() -> None:
         many.feed(piece)
     assert one_batch.messages == many.messages
     assert b"".join(many.messages) == data
+
+
+@given(bodies, st.lists(st.integers(0, 5_000), max_size=4))
+def test_runs_are_the_same_messages(messages: list[bytes], places: list[int]) -> None:
+    data = framed(*(message for body in messages for message in [body] * (1 + len(body) % 4)))
+    one_by_one, together = Receiver(), Receiver(runs=True)
+    for piece in cut(data, places):
+        one_by_one.feed(piece)
+        together.feed(piece)
+        assert together.messages == one_by_one.messages
+
+
+def test_runs() -> None:
+    receiver = Receiver(runs=True)
+    receiver.feed(
+        framed(b"one", b"two", b"six", b"four", b"fiver", b"seven") + framed(b"again")[:-1]
+    )
+    assert receiver.runs == [3, 2]
+    assert len(receiver.messages) == 6
+    # A compressed message, and one that is not whole, end a run.
+    with pytest.raises(FramingError):
+        receiver.feed(framed(b"a", b"b")[4:] + b"\x01" + framed(b"c")[1:])
+    assert receiver.runs == [3, 2]
 
 
 def test_whole_messages_are_not_copied() -> None:

@@ -329,8 +329,11 @@ class Bench:
             if not can_send or size > plain.h2.local_flow_control_window(stream_id):
                 return
             body = bytes(size)
-            for at in range(0, size, plain.h2.max_outbound_frame_size):
-                plain.h2.send_data(stream_id, body[at : at + plain.h2.max_outbound_frame_size])
+            # Ours fills TLS records when frames are no larger than those.
+            largest = plain.h2.max_outbound_frame_size
+            largest -= 9 if largest == 16_384 else 0
+            for at in range(0, size, largest):
+                plain.h2.send_data(stream_id, body[at : at + largest])
             stream.send(None, size, body)
         plain.pull()
         self.compare()

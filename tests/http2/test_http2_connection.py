@@ -521,7 +521,7 @@ async def test_frames_are_as_large_as_the_peer_takes_them() -> None:
     body = bytes(n % 253 for n in range(50_000))
     stream.send(None, 50_000, body[:5], (body[5:40_000], b"", body[40_000:]))
     sent = wired.take_sent()
-    assert data_sizes(sent) == [16_384] * 3 + [848]
+    assert data_sizes(sent) == [16_375] * 3 + [875]
     assert data_of(sent, 1) == body
     wired.receive(settings({5: 40_000}))
     wired.take_sent()
@@ -659,7 +659,7 @@ async def test_an_end_needs_no_window_of_the_connection() -> None:
     wired.take_sent()
     wired.receive(window_update(0, QUANTUM))
     assert connection.h2.outbound_flow_control_window == 0
-    assert types(frames_of(wired)) == ["Data"] * 4 + ["Headers", "RstStream"]
+    assert types(frames_of(wired)) == ["Data"] * 5 + ["Headers", "RstStream"]
 
 
 async def test_an_end_with_nothing_before_it_goes_at_once() -> None:
@@ -757,19 +757,19 @@ async def test_much_in_one_batch_is_written_in_between(nursery: trio.Nursery) ->
     wired.connection._nursery = nursery
     stream = answered(wired)
     with current_outbox():
-        stream.send(None, 200_000, bytes(200_000))
+        stream.send(None, 400_000, bytes(400_000))
         assert wired.transport.sent == b""
-        stream.send(None, 200_000, bytes(200_000))
-        assert len(wired.transport.sent) > 400_000
+        stream.send(None, 400_000, bytes(400_000))
+        assert len(wired.transport.sent) > 800_000
         wired.transport.full = True
-        stream.send(None, 300_000, b"1" * 300_000)
+        stream.send(None, 600_000, b"1" * 600_000)
         assert wired.connection.output.blocked
         stream.send(None, 1, b"2")
         assert stream.waiting
     wired.take_sent()
     sent = await until_written(wired)
     body = b"".join(f.data for f in sent if isinstance(f, DataFrame))
-    assert body == b"1" * 300_000 + b"2"
+    assert body == b"1" * 600_000 + b"2"
 
 
 async def test_a_lent_buffer_may_be_used_again_after_the_batch(nursery: trio.Nursery) -> None:

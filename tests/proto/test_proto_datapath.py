@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from clusterproxy_proto import Data, Packet, canonical_data, data_header, decode, encode
+from clusterproxy_proto import Data, Packet, canonical_data, data_header, decode, encode, run_end
 
 thorough = settings(derandomize=True, deadline=None, max_examples=400)
 
@@ -46,6 +46,20 @@ def accepted_by_encode(raw: bytes) -> bool:
         return False
     data = packet.payload
     return bool(data.connect_id > 0 and data.data and not data.error) and encode(packet) == raw
+
+
+def test_run_end() -> None:
+    size = 20
+    header = data_header(7, size - 8)
+    same = [header + bytes([n]) * (size - 8) for n in range(3)]
+    other = data_header(6, size - 8) + bytes(size - 8)
+    view = memoryview(b"".join((*same, other, *same)))
+    at, runs = 0, []
+    while at < len(view):
+        stop = run_end(view, at, size, len(header))
+        runs.append((stop - at) // size)
+        at = stop
+    assert runs == [3, 1, 3]
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -9,6 +9,7 @@ import pytest
 import trio
 from harness import ServerWorld, dial_ok, read_to_end, serving, settle, tcp_pair, value, values
 
+from clusterproxy.transport.stream import READ_SIZE
 from clusterproxy_proto import CloseRequest, CloseResponse, Data, DialRequest
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ KIB = 1024
 BUDGET = 256 * KIB
 PIECE = 32_000
 # What goes out together shares a frame, up to what a connection writes at once.
-BATCH = 256 << 10
+BATCH = READ_SIZE
 STALLED = "connection closed: the client did not read for too long"
 
 

@@ -468,9 +468,9 @@ async def test_one_that_has_had_its_second_makes_room_at_once(autojump_clock: Mo
         client = await shake_client(b)
         assert trio.current_time() == start
     assert shaking.failures == ["displaced"]
-    (none, transport) = shaking.results
-    assert none is None
-    assert transport is not None
+    # Which of the two tasks that wake together ends first is chance.
+    assert None in shaking.results
+    (transport,) = [result for result in shaking.results if result is not None]
     for end in (transport, client, mute):
         end.close()
 

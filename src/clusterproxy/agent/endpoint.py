@@ -8,28 +8,26 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from clusterproxy.grpc import prefix
 from clusterproxy.http2.flow import Buffer, Flow
 from clusterproxy.transport.outbox import current_outbox
 from clusterproxy.transport.sink import ByteSink
 from clusterproxy.transport.stall import watch_stall
 from clusterproxy.transport.stream import Transport
 from clusterproxy.tunnel.budget import Guard
-from clusterproxy_proto import CloseResponse, Packet, data_header, encode
+from clusterproxy.tunnel.messages import data_head
+from clusterproxy_proto import CloseResponse, Packet, encode
+
+from .packets import PacketReader
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from clusterproxy.rpc.call import Call
 
     from .state import AgentState
 
 _log = logging.getLogger("clusterproxy.agent")
-
-# A whole gRPC message of at most 32 KiB: grpc-go's buffer pool has a tier of that size, and the next
-# one is 1 MiB (mem/buffer_pool.go).
-CHUNK: Final = 32_740
 
 # How long a service may take what was sent before the close, if it makes no progress.
 _LINGER_S: Final = 10.0
@@ -52,7 +50,6 @@ class Endpoint(ABC):
         self.closing = False
         self._room = trio.Event()
         self._outbox = current_outbox()
-        self._heads: dict[int, bytes] = {}
 
     #: Why the connection ended, if it was not by an orderly close.
     error = ""
@@ -66,31 +63,16 @@ class Endpoint(ABC):
         """
 
     @abstractmethod
-    def from_server(self, parts: tuple[Buffer, ...]) -> None:
-        """Send what the server sent to the service; the buffers are lent for this batch."""
+    def from_server(self, parts: Sequence[Buffer]) -> None:
+        """Send one packet's payload to the service; the buffers are lent for this batch."""
+
+    @abstractmethod
+    def run_from_server(self, payloads: Sequence[Buffer]) -> None:
+        """Send the payloads of several packets to the service."""
 
     @abstractmethod
     def close(self) -> None:
         """The server has asked to close: what it sent before still goes out."""
-
-    def _send(self, view: memoryview) -> None:
-        """Send bytes of the service to the server, in packets of a size that suits Go peers."""
-        send, flow = self._call.stream.send, self.to_server
-        for start in range(0, len(view), CHUNK):
-            payload = view[start : start + CHUNK]
-            size = len(payload)
-            head = self._heads.get(size)
-            if head is None:
-                header = data_header(self.connect_id, size)
-                head = prefix(len(header) + size) + header
-                if size == CHUNK:
-                    self._heads[size] = head
-            self._state.data_packets.to_server.value += 1
-            send(flow, len(head) + size, head, (payload,))
-
-    def _room_now(self) -> int:
-        """Return how much is worth reading: what would have to be queued is better left to wait."""
-        return max(CHUNK, self._call.stream.room // 2)
 
     async def _wait_for_room(self) -> None:
         if self.to_server.queued:
@@ -140,18 +122,32 @@ class StreamEndpoint(Endpoint):
 
     async def _copy(self) -> None:
         transport, outbox = self._transport, self._outbox
+        reader = PacketReader(self.connect_id)
         try:
             while True:
-                view = await transport.receive(self._room_now())
+                # What would have to be queued is better left to wait.
+                room = self._call.stream.room // 2
+                received = await transport.receive_into(reader.places(room))
                 # A cancellation does not reach a task that has been woken by bytes in the same
                 # round: they must not follow the answer to a CLOSE_REQ.
-                if not view or self.closing:
+                if not received or self.closing:
                     return
                 with outbox:
-                    self._send(view)
+                    self._send(reader, received)
                 await self._wait_for_room()
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             _log.debug("service: %s", error, extra={"connection_id": self.connect_id})
+
+    def _send(self, reader: PacketReader, received: int) -> None:
+        stream, sent = self._call.stream, self._state.data_packets.to_server
+        full = reader.full(received)
+        if full:
+            sent.value += len(full) // reader.size
+            stream.send_run(self.to_server, reader.size, full)
+        rest = reader.rest(received)
+        if rest:
+            sent.value += 1
+            stream.send(self.to_server, len(rest), rest)
 
     async def _linger(self) -> None:
         """Let everything go out, then end in an order that loses nothing of it."""
@@ -174,10 +170,13 @@ class StreamEndpoint(Endpoint):
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 pass
 
-    def from_server(self, parts: tuple[Buffer, ...]) -> None:
+    def from_server(self, parts: Sequence[Buffer]) -> None:
         self.sink.send(parts)
         if self.sink.queued:
             self._note_queue()
+
+    def run_from_server(self, payloads: Sequence[Buffer]) -> None:
+        self.from_server(payloads)
 
     def _note_queue(self) -> None:
         over = self.guard.update()
@@ -244,13 +243,12 @@ class DatagramEndpoint(Endpoint):
             if self.closing:
                 return
             if size:
-                header = data_header(self.connect_id, size)
-                message = prefix(len(header) + size) + header + self._buffer[:size]
+                message = data_head(self.connect_id, size) + self._buffer[:size]
                 self._state.data_packets.to_server.value += 1
                 self._call.forward(self.to_server, len(message), message)
                 await self._wait_for_room()
 
-    def from_server(self, parts: tuple[Buffer, ...]) -> None:
+    def from_server(self, parts: Sequence[Buffer]) -> None:
         # What the socket does not take is lost, as datagrams are.
         try:
             self._sock.send(b"".join(parts))
@@ -258,6 +256,10 @@ class DatagramEndpoint(Endpoint):
             pass
         except OSError:
             self._reading.cancel()
+
+    def run_from_server(self, payloads: Sequence[Buffer]) -> None:
+        for payload in payloads:
+            self.from_server((payload,))
 
     def close(self) -> None:
         self.closing = True

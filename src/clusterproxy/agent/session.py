@@ -27,6 +27,7 @@ from clusterproxy_proto import (
     canonical_data,
     decode,
     encode,
+    run_end,
 )
 
 from .dial import EndpointDialError, dial
@@ -78,6 +79,7 @@ class Session:
         call.stream.shared = True
         call.stream.schedule.account = state.note_buffered
         call.receive = self._receive
+        call.receive_run = self._receive_run
 
     async def greet(self) -> None:
         """Wait for the server's headers, which say who it is.
@@ -135,6 +137,27 @@ class Session:
             self._reject("undecodable", str(error))
             return
         self._receive_packet(packet)
+
+    def _receive_run(self, size: int, view: memoryview) -> None:
+        """Take messages of one size; those of one connection go to its service together."""
+        start, end = 0, len(view)
+        while start < end and not self.call.closed:
+            found = canonical_data(view, start + PREFIX_SIZE, size - PREFIX_SIZE)
+            if found is None:
+                self._receive(size, view[start : start + size], ())
+                start += size
+                continue
+            offset = PREFIX_SIZE + found[1]
+            stop = run_end(view, start, size, offset)
+            self._state.data_packets.from_server.value += (stop - start) // size
+            payloads = [view[at + offset : at + size] for at in range(start, stop, size)]
+            endpoint = self.endpoints.get(found[0])
+            if endpoint is not None:
+                endpoint.run_from_server(payloads)
+            else:
+                for payload in payloads:
+                    self._on_data(found[0], (payload,))
+            start = stop
 
     def _receive_packet(self, packet: Packet) -> None:
         known = packet.type in _TYPES

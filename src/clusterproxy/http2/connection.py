@@ -308,7 +308,7 @@ class Http2Connection:
 
     def _on_settings_changed(self, _event: events.RemoteSettingsChanged) -> None:
         self._greeted = True
-        self.output.max_frame_size = self.h2.max_outbound_frame_size
+        self.output.frame_up_to(self.h2.max_outbound_frame_size)
         for stream in self.streams.values():
             if stream.waiting:
                 self.output.enqueue(stream)

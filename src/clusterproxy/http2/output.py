@@ -24,8 +24,13 @@ _log = logging.getLogger("clusterproxy.http2")
 # RFC 9113 §4.1: length (24), type (8), flags (8), stream (31).
 _pack = Struct(">HBBBI").pack
 
+_HEADER_SIZE: Final = 9
+
+# The largest TLS record, and the default of SETTINGS_MAX_FRAME_SIZE, which Go peers keep.
+_RECORD: Final = 16_384
+
 # Write out within a batch when so much has gathered.
-_HIGH_WATER: Final = 256 * 1024
+_HIGH_WATER: Final = 512 * 1024
 
 
 class Output:
@@ -42,6 +47,7 @@ class Output:
     __slots__ = (
         "_frames",
         "_h2",
+        "_largest",
         "_on_broken",
         "_open",
         "_open_size",
@@ -77,41 +83,38 @@ class Output:
         self._open = self._open_stream = self._open_size = 0
         self.blocked = True
         self.closed = False
-        self.max_frame_size = h2.max_outbound_frame_size
+        self.frame_up_to(h2.max_outbound_frame_size)
         #: Bytes of payload put out since the beginning.
         self.sent = 0
         #: Bytes that have gathered.
         self.waiting = 0
+
+    def frame_up_to(self, size: int) -> None:
+        """Set the peer's SETTINGS_MAX_FRAME_SIZE."""
+        self.max_frame_size = size
+        # With its header the default makes a frame that fills a TLS record, and no rest of one.
+        self._largest = _RECORD - _HEADER_SIZE if size == _RECORD else size
 
     # -- putting frames down -----------------------------------------------------------------------
 
     def put_data(self, stream_id: int, size: int, head: Buffer, rest: tuple[Buffer, ...]) -> None:
         """Put *size* bytes down as DATA; the windows allow it. The buffers are lent for this batch."""
         frames = self._frames
-        if self._open_stream == stream_id and self._open_size + size <= self.max_frame_size:
-            # Messages that go out together share a frame: a header less, and a frame less to look at.
-            self._open_size = length = self._open_size + size
-            frames[self._open] = _pack(length >> 8, length & 255, 0, 0, stream_id)
-            frames.append(head)
-            if rest:
-                frames.extend(rest)
-        elif size <= self.max_frame_size:
-            self._open, self._open_stream, self._open_size = len(frames), stream_id, size
-            frames.append(_pack(size >> 8, size & 255, 0, 0, stream_id))
-            frames.append(head)
-            if rest:
-                frames.extend(rest)
-        elif rest:
-            self._open_stream = 0
+        # What goes out together on a stream shares frames: less headers, and less frames to look at.
+        length = size + self._open_size if self._open_stream == stream_id else size
+        if length > self._largest:
             self._put_frames(stream_id, size, (head, *rest))
         else:
-            self._open_stream = 0
-            view, largest = memoryview(head), self.max_frame_size
-            for start in range(0, size, largest):
-                piece = view[start : start + largest]
-                length = len(piece)
-                frames.append(_pack(length >> 8, length & 255, 0, 0, stream_id))
-                frames.append(piece)
+            header = _pack(length >> 8, length & 255, 0, 0, stream_id)
+            if length > size:
+                frames[self._open] = header
+            else:
+                self._open, self._open_stream = len(frames), stream_id
+                frames.append(header)
+            self._open_size = length
+            frames.append(head)
+            if rest:
+                frames.extend(rest)
         self.sent += size
         self.waiting += size
         if self.waiting >= _HIGH_WATER:
@@ -120,17 +123,30 @@ class Output:
             self.post()
 
     def _put_frames(self, stream_id: int, size: int, parts: tuple[Buffer, ...]) -> None:
-        frames, largest = self._frames, self.max_frame_size
+        """Cut what is more than a frame, the one that is open included."""
+        frames, largest = self._frames, self._largest
+        full = _pack(largest >> 8, largest & 255, 0, 0, stream_id)
         room = 0
+        if self._open_stream == stream_id:
+            room = largest - self._open_size
+            frames[self._open] = full
+        left = size - room
+        self._open_stream = stream_id
         for part in parts:
-            view = memoryview(part)
-            start, end = 0, len(view)
+            view, start, end = memoryview(part), 0, len(part)
             while start < end:
                 if not room:
-                    room = min(size, largest)
-                    size -= room
-                    frames.append(_pack(room >> 8, room & 255, 0, 0, stream_id))
-                stop = min(end, start + room)
+                    self._open = len(frames)
+                    if left >= largest:
+                        frames.append(full)
+                        room = self._open_size = largest
+                    else:
+                        frames.append(_pack(left >> 8, left & 255, 0, 0, stream_id))
+                        room = self._open_size = left
+                    left -= room
+                stop = start + room
+                if stop > end:
+                    stop = end
                 frames.append(view[start:stop])
                 room -= stop - start
                 start = stop

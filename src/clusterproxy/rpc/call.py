@@ -27,6 +27,9 @@ _log = logging.getLogger("clusterproxy.rpc")
 #: May raise RPCError, which ends the call with its status.
 Receiver = Callable[[int, memoryview, tuple[memoryview, ...]], None]
 
+#: Takes messages of the same size, one behind the other, as ``(size, view)``.
+RunReceiver = Callable[[int, memoryview], None]
+
 
 def _refuse_early(*_: object) -> None:
     raise RPCError(Status.INTERNAL, "message before the call was accepted")
@@ -37,6 +40,7 @@ class Call(ABC):
 
     Attributes:
       receive: set by the owner, called for each message.
+      receive_run: set by an owner that takes bulk data: called for several messages at once.
       on_half_close: set by the owner, called when the peer will send no more.
       on_close: set by the owner, called once when the call is over, for whatever reason, with the
         status that the peer sent or that says what happened.
@@ -45,10 +49,13 @@ class Call(ABC):
     def __init__(self, connection: Http2Connection) -> None:
         self.connection = connection
         self.receive: Receiver = _refuse_early
+        self.receive_run: RunReceiver = self._receive_each
         self.on_half_close: Callable[[], None] = lambda: None
         self.on_close: Callable[[Status, str], None] = lambda _status, _message: None
         self.closed = False
-        self._assembler = MessageAssembler(self._dispatch, connection.limits.max_message_size)
+        self._assembler = MessageAssembler(
+            self._dispatch, connection.limits.max_message_size, self._dispatch_run
+        )
         self._stream: Stream | None = None
         self._nursery: trio.Nursery | None = None
         self._deferred: list[tuple[Callable[..., Awaitable[None]], tuple[object, ...]]] = []
@@ -67,6 +74,14 @@ class Call(ABC):
         # One batch may bring several messages, and any of them may end the call.
         if not self.closed:
             self.receive(size, head, rest)
+
+    def _dispatch_run(self, size: int, view: memoryview) -> None:
+        if not self.closed:
+            self.receive_run(size, view)
+
+    def _receive_each(self, size: int, view: memoryview) -> None:
+        for start in range(0, len(view), size):
+            self._dispatch(size, view[start : start + size], ())
 
     # -- sending -----------------------------------------------------------------------------------
 

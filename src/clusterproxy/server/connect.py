@@ -321,6 +321,13 @@ class ConnectConnection(Connection):
         if sink.queued:
             self.note_queue()
 
+    def run_from_agent(self, size: int, view: memoryview, payload: int) -> None:
+        self._state.data_packets.to_client.value += len(view) // size
+        sink = self._tunnel.sink
+        sink.send([view[at + payload : at + size] for at in range(0, len(view), size)])
+        if sink.queued:
+            self.note_queue()
+
     def closed_by_agent(self, error: str) -> None:
         self.closing = True  # the agent need not be asked to close what it has closed
         self._tunnel.over()

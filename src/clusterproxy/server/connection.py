@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from clusterproxy.grpc import PREFIX_SIZE, prefix
 from clusterproxy.http2.flow import Buffer, Flow
 from clusterproxy.transport.stall import watch_stall
 from clusterproxy.tunnel.budget import Guard, Queue
+from clusterproxy.tunnel.messages import data_head
 from clusterproxy_proto import (
     CloseDial,
     CloseRequest,
-    Data,
     DialRequest,
     Packet,
-    data_header,
     encode,
 )
 
@@ -256,6 +254,10 @@ class Connection(ABC):
         """Pass on a DATA message whose payload begins at offset *payload* of *head*."""
 
     @abstractmethod
+    def run_from_agent(self, size: int, view: memoryview, payload: int) -> None:
+        """Pass on DATA messages of *size* bytes each whose payload begins at offset *payload*."""
+
+    @abstractmethod
     def closed_by_agent(self, error: str) -> None:
         """The agent has closed it, or its stream has ended; what it sent is delivered first."""
 
@@ -293,15 +295,3 @@ class Connection(ABC):
         )
         self.leave()
         self.give_up()
-
-
-def data_message(connect_id: int, payload: bytes) -> tuple[bytes, int]:
-    """Return a whole DATA message as Go would write it, and where its payload begins."""
-    packet = encode(Packet.of(Data(connect_id=connect_id, data=payload)))
-    return prefix(len(packet)) + packet, PREFIX_SIZE + len(packet) - len(payload)
-
-
-def data_head(connect_id: int, size: int) -> bytes:
-    """Return what goes before *size* bytes of payload: gRPC prefix and DATA packet."""
-    header = data_header(connect_id, size)
-    return prefix(len(header) + size) + header

@@ -11,6 +11,7 @@ import trio
 from clusterproxy.errors import RPCError
 from clusterproxy.grpc import PREFIX_SIZE, Status, prefix
 from clusterproxy.http2.flow import Flow
+from clusterproxy.tunnel.messages import data_head, data_message
 from clusterproxy_proto import (
     CloseDial,
     CloseRequest,
@@ -36,8 +37,6 @@ from .connection import (
     Client,
     Connection,
     PendingDial,
-    data_head,
-    data_message,
 )
 from .shield import Shield, needs_shield
 
@@ -369,6 +368,20 @@ class FrontendConnection(Connection):
         # Not through the call: it was answered with the DIAL_RSP, and its end ends the connection.
         self._stream.send(flow, size, head, rest)
         self._write_duration.observe(perf_counter() - began)
+        if flow.queued:
+            self.note_queue()
+
+    def run_from_agent(self, size: int, view: memoryview, payload: int) -> None:
+        flow = self.to_client
+        if flow.held or self.client_id != self.connect_id:
+            for start in range(0, len(view), size):
+                self.from_agent(size, view[start : start + size], (), payload)
+            return
+        count = len(view) // size
+        self._state.data_packets.to_client.value += count
+        began = perf_counter()
+        self._stream.send_run(flow, size, view)
+        self._write_duration.observe((perf_counter() - began) / count, count)
         if flow.queued:
             self.note_queue()
 

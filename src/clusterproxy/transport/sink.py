@@ -11,7 +11,7 @@ import trio
 from .outbox import current_outbox
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from .stream import Buffer, Transport
 
@@ -83,7 +83,7 @@ class ByteSink:
         # when a third of it is free, so a slow peer would seem to take nothing for a long time.
         return self._taken - self._transport.outstanding()
 
-    def send(self, parts: tuple[Buffer, ...]) -> None:
+    def send(self, parts: Sequence[Buffer]) -> None:
         """Send bytes; the buffers are lent for this batch."""
         if self.broken:
             return

@@ -15,17 +15,18 @@ import sys
 import termios
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 import trio
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 Buffer = bytes | bytearray | memoryview
+_T = TypeVar("_T")
 
 #: Bytes asked of the kernel at once.
-READ_SIZE: Final = 256 * 1024
+READ_SIZE: Final = 512 * 1024
 
 # A MemoryBIO never shrinks, so it is written in slices and drained between them.
 _SLICE: Final = 64 * 1024
@@ -37,7 +38,7 @@ _HANDSHAKE_READ: Final = 16 * 1024
 _SMALL_READ: Final = 16 * 1024
 
 # Reads without a checkpoint, after which a busy connection lets the others run.
-_IN_A_ROW: Final = 2
+_IN_A_ROW: Final = 1
 
 # What one record can add to the plaintext beyond the ciphertext of its own batch: OpenSSL keeps the
 # beginning of at most one.
@@ -186,7 +187,7 @@ class Transport:
             else:
                 break
             await self._send_all(self._out.read())
-            received = await self._receive_into(self._cipher[:_HANDSHAKE_READ])
+            received = await self._receive(self.sock.recv_into, self._cipher[:_HANDSHAKE_READ])
             if not received:
                 raise trio.BrokenResourceError("connection closed during the TLS handshake")
             self._in.write(self._cipher[:received])
@@ -194,8 +195,20 @@ class Transport:
         # The first bytes of the protocol may have come with the last ones of the handshake.
         self._more = True
 
-    async def receive(self, most: int = READ_SIZE) -> memoryview:
-        """Return what has arrived, empty at the end of the stream; without TLS at most *most* bytes.
+    async def receive_into(self, places: Sequence[memoryview]) -> int:
+        """Put what has arrived into *places*, without TLS; return how much, 0 at the end of the stream.
+
+        As :meth:`receive` otherwise.
+        """
+        if len(places) == 1:
+            return await self._receive(self.sock.recv_into, places[0])
+        return await self._receive(self._receive_message, places)
+
+    def _receive_message(self, places: Sequence[memoryview]) -> int:
+        return self.sock.recvmsg_into(places)[0]
+
+    async def receive(self) -> memoryview:
+        """Return what has arrived, empty at the end of the stream.
 
         The result is valid until the caller's next checkpoint. Returns without a checkpoint if the
         kernel has data, but not more than twice in a row.
@@ -205,12 +218,12 @@ class Transport:
           trio.ClosedResourceError: closed by another task meanwhile.
         """
         if self.tls is None:
-            received = await self._receive_into(self._plain[:most])
+            received = await self._receive(self.sock.recv_into, self._plain)
             return self._plain[:received]
         while not self._eof:
             received = 0
             if not self._more:
-                received = await self._receive_into(self._cipher)
+                received = await self._receive(self.sock.recv_into, self._cipher)
                 self._eof = not received
             self._more = False
             plain = self._decrypt(received)
@@ -262,7 +275,7 @@ class Transport:
             with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                 self._send_now(self._out.read())
 
-    async def _receive_into(self, buffer: memoryview) -> int:
+    async def _receive(self, receive: Callable[[_T], int], buffer: _T) -> int:
         if self._in_a_row == _IN_A_ROW:
             self._in_a_row = 0
             await trio.lowlevel.checkpoint()
@@ -271,7 +284,7 @@ class Transport:
             await self._wait_readable()
         while True:
             try:
-                received = self.sock.recv_into(buffer)
+                received = receive(buffer)
             except BlockingIOError:
                 await self._wait_readable()
             except OSError as error:
@@ -303,29 +316,33 @@ class Transport:
             raise self._broken(error) from error
 
     def _encrypt(self, parts: Sequence[Buffer], tls: ssl.SSLObject) -> list[Buffer]:
-        """Encrypt the parts one slice at a time, gathered in a buffer that stays in the cache."""
-        out, slice_ = self._out, self._slice
+        """Encrypt the parts, small ones gathered, a slice at a time: it stays in the cache."""
+        out = self._out
         records: list[Buffer] = []
-        filled = 0
+        batch: list[Buffer] = []
+        room = _SLICE
         for part in parts:
             size = len(part)
-            if size <= _SLICE - filled:
-                slice_[filled : filled + size] = part
-                filled += size
+            if size < room:
+                batch.append(part)
+                room -= size
                 continue
             view, start = memoryview(part), 0
-            while start < size:
-                stop = start + _SLICE - filled
-                piece = view[start:stop]
-                slice_[filled : filled + len(piece)] = piece
-                filled += len(piece)
-                start = stop
-                if filled == _SLICE:
-                    tls.write(slice_)
-                    records.append(out.read())
-                    filled = 0
-        if filled:
-            tls.write(slice_[:filled])
+            if batch:
+                start = room
+                batch.append(view[:start])
+                tls.write(b"".join(batch))
+                records.append(out.read())
+                batch.clear()
+            while size - start >= _SLICE:
+                tls.write(view[start : start + _SLICE])
+                records.append(out.read())
+                start += _SLICE
+            room = _SLICE - (size - start)
+            if start < size:
+                batch.append(view[start:])
+        if batch:
+            tls.write(b"".join(batch))
             records.append(out.read())
         return records
 
