@@ -65,7 +65,7 @@ def run_end(view: memoryview, start: int, size: int, offset: int) -> int:
     """
     head = bytes(view[start : start + offset])
     stop, end = start + size, len(view)
-    while stop < end and view[stop : stop + offset] == head:
+    while stop < end and bytes(view[stop : stop + offset]) == head:
         stop += size
     return stop
 

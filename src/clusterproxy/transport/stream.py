@@ -37,9 +37,6 @@ _HANDSHAKE_READ: Final = 16 * 1024
 # A read of less has emptied the socket, and more has hardly come since.
 _SMALL_READ: Final = 16 * 1024
 
-# Reads without a checkpoint, after which a busy connection lets the others run.
-_IN_A_ROW: Final = 1
-
 # What one record can add to the plaintext beyond the ciphertext of its own batch: OpenSSL keeps the
 # beginning of at most one.
 _RECORD: Final = 16 * 1024 + 512
@@ -102,11 +99,10 @@ class Transport:
     __slots__ = (
         "_cipher",
         "_closed",
-        "_emptied",
         "_eof",
         "_error",
         "_in",
-        "_in_a_row",
+        "_last",
         "_more",
         "_out",
         "_plain",
@@ -134,8 +130,8 @@ class Transport:
         self._cipher = _buffers.cipher
         self._plain = _buffers.plain
         self._slice = _buffers.slice
-        self._in_a_row = 0
-        self._emptied = False
+        # Bytes of the last read, 0 if there was a checkpoint since.
+        self._last = 0
         if context is not None:
             self._in = ssl.MemoryBIO()
             self._out = ssl.MemoryBIO()
@@ -211,7 +207,7 @@ class Transport:
         """Return what has arrived, empty at the end of the stream.
 
         The result is valid until the caller's next checkpoint. Returns without a checkpoint if the
-        kernel has data, but not more than twice in a row.
+        kernel has data, but not twice in a row.
 
         Raises:
           trio.BrokenResourceError: the connection broke, or its TLS did.
@@ -276,27 +272,24 @@ class Transport:
                 self._send_now(self._out.read())
 
     async def _receive(self, receive: Callable[[_T], int], buffer: _T) -> int:
-        if self._in_a_row == _IN_A_ROW:
-            self._in_a_row = 0
-            await trio.lowlevel.checkpoint()
-        elif self._emptied and not self._closed:
-            # Asking the kernel now would nearly always be in vain.
-            await self._wait_readable()
+        last, self._last = self._last, 0
+        if last and not self._closed:
+            if last < _SMALL_READ:
+                # Asking the kernel now would nearly always be in vain.
+                await trio.lowlevel.wait_readable(self.sock)
+            else:
+                # A busy connection lets the others run.
+                await trio.lowlevel.checkpoint()
         while True:
             try:
                 received = receive(buffer)
             except BlockingIOError:
-                await self._wait_readable()
+                await trio.lowlevel.wait_readable(self.sock)
             except OSError as error:
                 raise self._broken(error) from error
             else:
-                self._in_a_row += 1
-                self._emptied = received < _SMALL_READ
+                self._last = received
                 return received
-
-    async def _wait_readable(self) -> None:
-        self._in_a_row = 0
-        await trio.lowlevel.wait_readable(self.sock)
 
     def send(self, parts: Sequence[Buffer]) -> bool:
         """Send as much as the socket takes; return whether all went out.
