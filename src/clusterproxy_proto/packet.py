@@ -48,6 +48,10 @@ class PacketType(enum.IntEnum):
     DATA = 4
     DIAL_CLS = 5
     DRAIN = 6
+    # Ours, see docs/protocol-extensions.md.
+    CREDIT = 1001
+    HALF_CLOSE = 1002
+    RESET = 1003
 
 
 # The codec relies on the order of the attributes of the payloads, which is that of the field numbers, and on the types
@@ -108,8 +112,40 @@ class Drain:
     """Says that the agent is going away."""
 
 
+@attrs.frozen
+class Credit:
+    """Lets the receiver send so many bytes more of a connection's DATA messages, prefixes included."""
+
+    connect_id: int = 0
+    size: int = 0
+
+
+@attrs.frozen
+class HalfClose:
+    """Says that the sender will send no more DATA on a connection."""
+
+    connect_id: int = 0
+
+
+@attrs.frozen
+class Reset:
+    """Ends a connection at once; what was under way is lost."""
+
+    connect_id: int = 0
+    reason: str = ""
+
+
 Payload: TypeAlias = (
-    DialRequest | DialResponse | CloseRequest | CloseResponse | Data | CloseDial | Drain
+    DialRequest
+    | DialResponse
+    | CloseRequest
+    | CloseResponse
+    | Data
+    | CloseDial
+    | Drain
+    | Credit
+    | HalfClose
+    | Reset
 )
 _Value: TypeAlias = int | str | bytes
 
@@ -141,6 +177,9 @@ _LAYOUTS: dict[type[Payload], _Layout] = {
         (PacketType.CLOSE_RSP, 6, CloseResponse),
         (PacketType.DIAL_CLS, 7, CloseDial),
         (PacketType.DRAIN, 8, Drain),
+        (PacketType.CREDIT, 1001, Credit),
+        (PacketType.HALF_CLOSE, 1002, HalfClose),
+        (PacketType.RESET, 1003, Reset),
     )
 }
 _BY_NUMBER = {layout.number: layout for layout in _LAYOUTS.values()}
@@ -199,7 +238,7 @@ def encode(packet: Packet) -> bytes:
                 body.append(number << 3 | _LENGTH)
                 _append_varint(body, len(raw))
                 body += raw
-        out.append(layout.number << 3 | _LENGTH)
+        _append_varint(out, layout.number << 3 | _LENGTH)
         _append_varint(out, len(body))
         out += body
     return bytes(out)

@@ -13,14 +13,17 @@ from clusterproxy_proto import (
     CloseDial,
     CloseRequest,
     CloseResponse,
+    Credit,
     Data,
     DecodeError,
     DialRequest,
     DialResponse,
     Drain,
+    HalfClose,
     Packet,
     PacketType,
     Payload,
+    Reset,
     decode,
     encode,
 )
@@ -38,6 +41,9 @@ payloads: st.SearchStrategy[Payload] = st.one_of(
     st.builds(Data, int64s, texts, st.binary(max_size=400)),
     st.builds(CloseDial, int64s),
     st.builds(Drain),
+    st.builds(Credit, int64s, int64s),
+    st.builds(HalfClose, int64s),
+    st.builds(Reset, int64s, texts),
 )
 EMPTY = (
     DialRequest(),
@@ -47,6 +53,9 @@ EMPTY = (
     Data(),
     CloseDial(),
     Drain(),
+    Credit(),
+    HalfClose(),
+    Reset(),
 )
 packets = payloads.map(Packet.of) | st.builds(Packet, int32s, st.none() | payloads)
 
@@ -67,7 +76,9 @@ varints = st.one_of(
     st.builds(varint, st.integers(0, (1 << 70) - 1)),
     st.builds(varint, st.integers(0, 300), st.integers(1, 11)),
 )
-numbers = st.integers(1, 9) | st.sampled_from([0, 15, 16, 2047, 2048, (1 << 29) - 1, 1 << 29])
+numbers = st.integers(1, 9) | st.sampled_from(
+    [0, 15, 16, 1001, 1002, 1003, 2047, 2048, (1 << 29) - 1, 1 << 29]
+)
 
 
 def tag(number: int, wire: int, width: int = 0) -> bytes:
@@ -195,7 +206,8 @@ def test_mutations(raw: bytes, edits: list[tuple[int, int, bytes]]) -> None:
 def test_truncation_at_every_byte(packet: Packet, unknown: bytes) -> None:
     raw = encode(packet)
     # Only between the fields of the packet can it be cut and still be one.
-    whole = {0, len(raw)} | ({2} if packet.type else set())
+    head = encode(Packet(packet.type))
+    whole = {0, len(head), len(raw)}
     for end in range(len(raw)):
         assert (assert_alike(raw[:end]) is not None) == (end in whole)
     raw += unknown

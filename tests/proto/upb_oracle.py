@@ -12,14 +12,17 @@ from clusterproxy_proto import (
     CloseDial,
     CloseRequest,
     CloseResponse,
+    Credit,
     Data,
     DecodeError,
     DialRequest,
     DialResponse,
     Drain,
+    HalfClose,
     Packet,
     PacketType,
     Payload,
+    Reset,
     decode,
     encode,
 )
@@ -27,7 +30,7 @@ from clusterproxy_proto import (
 _Field = descriptor_pb2.FieldDescriptorProto
 _INT64, _STRING, _BYTES = _Field.TYPE_INT64, _Field.TYPE_STRING, _Field.TYPE_BYTES
 
-# In the order of the fields of Packet, from 2.
+# In the order of the fields of Packet: those of konnectivity from 2, and ours from 1001.
 MESSAGES: dict[type[Payload], list[tuple[str, _Field.Type.ValueType]]] = {
     DialRequest: [("protocol", _STRING), ("address", _STRING), ("random", _INT64)],
     DialResponse: [("error", _STRING), ("connect_id", _INT64), ("random", _INT64)],
@@ -36,6 +39,11 @@ MESSAGES: dict[type[Payload], list[tuple[str, _Field.Type.ValueType]]] = {
     CloseResponse: [("error", _STRING), ("connect_id", _INT64)],
     CloseDial: [("random", _INT64)],
     Drain: [],
+}
+EXTENSIONS: dict[type[Payload], list[tuple[str, _Field.Type.ValueType]]] = {
+    Credit: [("connect_id", _INT64), ("size", _INT64)],
+    HalfClose: [("connect_id", _INT64)],
+    Reset: [("connect_id", _INT64), ("reason", _STRING)],
 }
 
 
@@ -53,7 +61,8 @@ def _build() -> Any:
         label=_Field.LABEL_OPTIONAL,
     )
     packet.oneof_decl.add(name="payload")
-    for number, (cls, fields) in enumerate(MESSAGES.items(), 2):
+    numbered = (*enumerate(MESSAGES.items(), 2), *enumerate(EXTENSIONS.items(), 1001))
+    for number, (cls, fields) in numbered:
         packet.field.add(
             name=cls.__name__,
             number=number,
@@ -82,7 +91,7 @@ def upb_decode(raw: bytes) -> Packet | None:
     except UpbDecodeError:
         return None
     name = message.WhichOneof("payload")
-    for cls, fields in MESSAGES.items():
+    for cls, fields in (MESSAGES | EXTENSIONS).items():
         if cls.__name__ == name:
             inner = getattr(message, name)
             return Packet(message.type, cls(*(getattr(inner, field) for field, _ in fields)))
@@ -94,7 +103,7 @@ def upb_encode(packet: Packet) -> bytes:
     if packet.payload is not None:
         inner = getattr(message, type(packet.payload).__name__)
         inner.SetInParent()
-        for field, _ in MESSAGES[type(packet.payload)]:
+        for field, _ in (MESSAGES | EXTENSIONS)[type(packet.payload)]:
             setattr(inner, field, getattr(packet.payload, field))
     raw: bytes = message.SerializeToString()
     return raw
