@@ -35,6 +35,7 @@ from clusterproxy.telemetry.agent_metrics import AgentMetrics
 from clusterproxy.telemetry.server_metrics import ServerMetrics
 from clusterproxy.transport.stream import Transport
 from clusterproxy.tunnel.budget import Budget
+from clusterproxy.tunnel.extension import offer
 from clusterproxy_proto import Data, DialRequest, DialResponse, Packet, Payload, decode, encode
 
 if TYPE_CHECKING:
@@ -275,13 +276,21 @@ class ServerWorld:
         await settle()
         return peer
 
-    async def client(self, **options: Any) -> ClientPeer:
-        return await self.call(self.frontends, PROXY, **options)
+    async def client(self, *, extended: bool = False, **options: Any) -> ClientPeer:
+        metadata = offer() if extended else {}
+        return await self.call(self.frontends, PROXY, metadata, **options)
 
     async def agent(
-        self, agent_id: str = "agent", identifiers: str = "", **options: Any
+        self,
+        agent_id: str = "agent",
+        identifiers: str = "",
+        *,
+        extended: bool = False,
+        **options: Any,
     ) -> ClientPeer:
         metadata: Metadata = {"agentid": [agent_id], "agentidentifiers": [identifiers]}
+        if extended:
+            metadata |= offer()
         return await self.call(self.agents, CONNECT, metadata, **options)
 
     async def http(
@@ -502,10 +511,12 @@ class AgentWorld:
 
 
 @contextlib.asynccontextmanager
-async def session(*, window: int = WINDOW, **config: Any) -> AsyncGenerator[AgentWorld]:
+async def session(
+    *, window: int = WINDOW, extended: bool = False, **config: Any
+) -> AsyncGenerator[AgentWorld]:
     """Run an agent's session; leaving the block ends it, and checks that nothing is left."""
     state = agent_state(**config)
-    servers = ScriptedServers(greeting(), window=window)
+    servers = ScriptedServers(greeting() | (offer() if extended else {}), window=window)
     services = Services()
     ours, theirs = socket_pair()
     with contextlib.closing(services), patch("clusterproxy.agent.session.dial", services.dial):

@@ -587,7 +587,7 @@ async def test_no_data_follows_the_answer_to_a_close(kind: str, autojump_clock: 
                         await trio.lowlevel.wait_readable(wakes)
                         packet = Packet.of(CloseRequest(connect_id))
                         with current_outbox():
-                            agent.session._receive_packet(packet)
+                            agent.session._receive_packet(0, packet)
 
                     nursery.start_soon(close)
                     await settle()

@@ -485,7 +485,7 @@ async def test_graceful_shutdown(
         else:
             assert transport is not None
             await settle()
-            transport.close()
+            transport.close(reset=True)
             await agent.expect(CloseRequest(1))
             agent.send(CloseResponse("", 1))
         # Long before the end of the grace.

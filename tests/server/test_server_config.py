@@ -78,6 +78,7 @@ def test_defaults_are_upstreams_but_for_the_better_ones() -> None:
         "connection_buffer_bytes": 16_777_216,
         "total_buffer_bytes": 536_870_912,
         "stall_timeout_s": 10.0,
+        "half_close_linger_s": 10.0,
         "log_format": "text",
         "verbosity": 0,
         "given": frozenset(),
@@ -274,6 +275,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         )
     ),
     ({"stall_timeout_s": 0.0}, "stall-timeout", "stall-timeout must be > 0, got 0s"),
+    ({"half_close_linger_s": -1.0}, "half-close-linger", "half-close-linger must be >= 0, got -1s"),
 ]
 
 

@@ -27,7 +27,7 @@ from clusterproxy.agent.dialtext import (
     split_host_port,
 )
 from clusterproxy.agent.resolver import LookupFailed
-from clusterproxy.errors import DialError, DialFailure
+from clusterproxy.errors import ClusterProxyError, DialFailure
 from clusterproxy.transport.stream import tune
 
 if TYPE_CHECKING:
@@ -46,11 +46,12 @@ _TIMEOUTS: Final = frozenset({errno.ETIMEDOUT, errno.EAGAIN})
 _NETWORKS: Final = frozenset({"tcp", "tcp4", "tcp6", "udp", "udp4", "udp6"})
 
 
-class EndpointDialError(DialError):
-    """A dial failed. ``text`` is what Go's ``net.Dialer`` says."""
+class EndpointDialError(ClusterProxyError):
+    """A dial failed. ``text`` is what Go's ``net.Dialer`` says, and what the client reads."""
 
     def __init__(self, text: str, *, timed_out: bool = False) -> None:
-        super().__init__(DialFailure.TIMEOUT if timed_out else DialFailure.UNKNOWN, text)
+        super().__init__(text)
+        self.reason = DialFailure.TIMEOUT if timed_out else DialFailure.UNKNOWN
         self.text = text
         self.timed_out = timed_out
 

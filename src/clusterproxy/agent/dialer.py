@@ -14,7 +14,9 @@ from clusterproxy.errors import ClusterProxyError
 from clusterproxy.http2.connection import Http2Connection
 from clusterproxy.http2.limits import Http2Limits
 from clusterproxy.rpc.channel import start_call
+from clusterproxy.rpc.keepalive import BETWEEN_OURS
 from clusterproxy.transport.stream import Transport, tune
+from clusterproxy.tunnel.extension import offer
 
 from .dial import dial
 from .dialtext import join_host_port
@@ -85,6 +87,8 @@ class ServerDialer:
                     )
                     session = Session(self._state, call)
                     await session.greet()
+                    if session.extended and "keepalive-time" not in self._state.config.given:
+                        connection.keepalive = BETWEEN_OURS
                     limit.deadline = float("inf")
                     yield session
                 finally:
@@ -126,6 +130,7 @@ class ServerDialer:
         metadata: Metadata = {
             "agentid": [config.agent_id],
             "agentidentifiers": [config.agent_identifiers],
+            **offer(),
         }
         path = config.service_account_token_path
         if path:

@@ -14,8 +14,18 @@ from clusterproxy.transport.sink import ByteSink
 from clusterproxy.transport.stall import watch_stall
 from clusterproxy.transport.stream import Transport
 from clusterproxy.tunnel.budget import Guard
+from clusterproxy.tunnel.extension import Allowance, Window
 from clusterproxy.tunnel.messages import data_head
-from clusterproxy_proto import CloseResponse, Packet, encode
+from clusterproxy_proto import (
+    CloseResponse,
+    Credit,
+    HalfClose,
+    Packet,
+    PacketType,
+    Payload,
+    Reset,
+    encode,
+)
 
 from .packets import PacketReader
 
@@ -38,21 +48,29 @@ _MAX_DATAGRAM: Final = 65_535
 class Endpoint(ABC):
     """A service's end of a proxied connection.
 
-    Bytes from the server come on a stream that others share, so they are queued within a budget.
-    Bytes from the service are not read while they would have to wait.
+    Bytes from the server come on a stream that others share, so they are queued within a budget, or,
+    if the server knows credit, no more come than was granted. Bytes from the service are not read
+    while they would have to wait.
+
+    Args:
+      extended: whether the server knows credit, half-close and reset.
     """
 
-    def __init__(self, state: AgentState, call: Call, connect_id: int) -> None:
+    def __init__(self, state: AgentState, call: Call, connect_id: int, *, extended: bool) -> None:
         self._state = state
         self._call = call
         self.connect_id = connect_id
         self.to_server = Flow(self._drained_to_server)
         self.closing = False
+        self._window = Window() if extended else None
+        self._allowance = Allowance() if extended else None
         self._room = trio.Event()
         self._outbox = current_outbox()
 
-    #: Why the connection ended, if it was not by an orderly close.
+    #: Why the connection is closed, if it was not by an orderly end.
     error = ""
+    #: What broke it, if something did.
+    broken = ""
 
     @abstractmethod
     async def run(self, ended: Callable[[], None]) -> None:
@@ -74,8 +92,43 @@ class Endpoint(ABC):
     def close(self) -> None:
         """The server has asked to close: what it sent before still goes out."""
 
+    @abstractmethod
+    def half_close(self) -> None:
+        """The server will send no more, but still takes what the service sends."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """The connection is broken off: end it at once."""
+
+    @property
+    @abstractmethod
+    def _queued(self) -> int:
+        """Bytes that wait for the service."""
+
+    def receive(self, size: int, count: int = 1) -> bool:
+        """Count messages of the server; return whether it was allowed to send them."""
+        return self._window is None or self._window.receive(size, count)
+
+    def grant(self) -> None:
+        """Let the server send on what the service has taken, if it is worth a packet."""
+        if self._window is not None and not self.closing:
+            size = self._window.grant(self._queued, self._state.budget.limit)
+            if size:
+                self._state.count_packet("from_agent", "CREDIT")
+                self._call.send(encode(Packet.of(Credit(self.connect_id, size))))
+
+    def credit(self, size: int) -> None:
+        """The server takes so many bytes more."""
+        if self._allowance is not None and size > 0:
+            self._allowance.left += size
+            self._room.set()
+
+    def _spend(self, size: int) -> None:
+        if self._allowance is not None:
+            self._allowance.left -= size
+
     async def _wait_for_room(self) -> None:
-        if self.to_server.queued:
+        while self.to_server.queued or (self._allowance is not None and self._allowance.exhausted):
             self._room = trio.Event()
             await self._room.wait()
 
@@ -83,24 +136,47 @@ class Endpoint(ABC):
         if not self.to_server.queued:
             self._room.set()
 
-    def confirm_close(self, error: str = "") -> None:
-        """Tell the server that the connection is closed, behind the service's data."""
-        self._state.count_packet("from_agent", "CLOSE_RSP")
-        message = encode(Packet.of(CloseResponse(error, self.connect_id)))
-        self._call.send_behind(self.to_server, message)
+    def confirm_close(self) -> None:
+        """Tell the server, behind the service's data, that the connection is over, and how."""
+        if self.broken and self._window is not None:
+            self._send_last(Reset(self.connect_id, self.broken))
+        else:
+            self._send_last(CloseResponse(self.error, self.connect_id))
+
+    def _send_last(self, payload: Payload) -> None:
+        packet = Packet.of(payload)
+        self._state.count_packet("from_agent", PacketType(packet.type).name)
+        self._call.send_behind(self.to_server, encode(packet))
 
 
 class StreamEndpoint(Endpoint):
     """A TCP service."""
 
-    def __init__(self, state: AgentState, call: Call, connect_id: int, sock: socket.socket) -> None:
-        super().__init__(state, call, connect_id)
+    def __init__(
+        self,
+        state: AgentState,
+        call: Call,
+        connect_id: int,
+        sock: socket.socket,
+        *,
+        extended: bool,
+    ) -> None:
+        super().__init__(state, call, connect_id, extended=extended)
         self._transport = Transport(sock)
         self._nursery: trio.Nursery | None = None
         self._reading = trio.CancelScope()
-        self.sink = ByteSink(self._transport, self._spawn, self._broken)
-        self.guard = Guard(self.sink, state.budget, call.stream.hold, call.stream.release)
+        self._server_ended = self._service_ended = False
+        self.sink = ByteSink(self._transport, self._spawn, self._break)
+        if extended:
+            # What the server sends is bounded by its credit: the stream is never held.
+            self.guard = Guard(self.sink, state.budget, _nothing, _nothing)
+        else:
+            self.guard = Guard(self.sink, state.budget, call.stream.hold, call.stream.release)
         self.sink.on_drain = self._note_queue
+
+    @property
+    def _queued(self) -> int:
+        return self.sink.queued
 
     async def run(self, ended: Callable[[], None]) -> None:
         try:
@@ -125,26 +201,38 @@ class StreamEndpoint(Endpoint):
         reader = PacketReader(self.connect_id)
         try:
             while True:
+                await self._wait_for_room()
                 # What would have to be queued is better left to wait.
                 room = self._call.stream.room // 2
-                received = await transport.receive_into(reader.places(room))
+                limit = None if self._allowance is None else self._allowance.left
+                received = await transport.receive_into(reader.places(room, limit))
                 # A cancellation does not reach a task that has been woken by bytes in the same
                 # round: they must not follow the answer to a CLOSE_REQ.
-                if not received or self.closing:
+                if self.closing:
+                    return
+                if not received:
+                    await self._end_service()
                     return
                 with outbox:
                     self._send(reader, received)
-                await self._wait_for_room()
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            _log.debug("service: %s", error, extra={"connection_id": self.connect_id})
+            self._break(str(error))
+
+    async def _end_service(self) -> None:
+        """The service sends no more; return once the connection is over for the server, too."""
+        self._service_ended = True
+        if self._window is not None and not self._server_ended:
+            self._send_last(HalfClose(self.connect_id))
+            await trio.sleep_forever()
 
     def _send(self, reader: PacketReader, received: int) -> None:
         stream, sent = self._call.stream, self._state.data_packets.to_server
         full = reader.full(received)
+        rest = reader.rest(received)
+        self._spend(len(full) + len(rest))
         if full:
             sent.value += len(full) // reader.size
             stream.send_run(self.to_server, reader.size, full)
-        rest = reader.rest(received)
         if rest:
             sent.value += 1
             stream.send(self.to_server, len(rest), rest)
@@ -171,6 +259,8 @@ class StreamEndpoint(Endpoint):
                 pass
 
     def from_server(self, parts: Sequence[Buffer]) -> None:
+        if self._server_ended:
+            return
         self.sink.send(parts)
         if self.sink.queued:
             self._note_queue()
@@ -181,7 +271,9 @@ class StreamEndpoint(Endpoint):
     def _note_queue(self) -> None:
         over = self.guard.update()
         self._state.buffered_bytes.value = self._state.budget.used
-        if over:
+        if self._window is not None:
+            self.grant()
+        elif over:
             self._spawn(self._watch)
 
     async def _watch(self) -> None:
@@ -203,13 +295,27 @@ class StreamEndpoint(Endpoint):
         self._transport.close(reset=True)
         self._reading.cancel()
 
-    def _broken(self, reason: str) -> None:
+    def _break(self, reason: str) -> None:
         _log.debug("service: %s", reason, extra={"connection_id": self.connect_id})
+        self.broken = reason
         self._reading.cancel()
 
     def close(self) -> None:
         self.closing = True
         self._reading.cancel()
+
+    def half_close(self) -> None:
+        if self._server_ended:
+            return
+        self._server_ended = True
+        if self._service_ended:
+            self._reading.cancel()
+        else:
+            self.sink.finish(self._transport.send_eof)
+
+    def abort(self) -> None:
+        self._transport.close(reset=True)
+        self.close()
 
     def _spawn(self, function: Callable[..., Awaitable[None]], /, *args: object) -> None:
         if self._nursery is not None:
@@ -219,8 +325,16 @@ class StreamEndpoint(Endpoint):
 class DatagramEndpoint(Endpoint):
     """A UDP service: one packet for one datagram, either way (the Go agent does the same)."""
 
-    def __init__(self, state: AgentState, call: Call, connect_id: int, sock: socket.socket) -> None:
-        super().__init__(state, call, connect_id)
+    def __init__(
+        self,
+        state: AgentState,
+        call: Call,
+        connect_id: int,
+        sock: socket.socket,
+        *,
+        extended: bool,
+    ) -> None:
+        super().__init__(state, call, connect_id, extended=extended)
         self._sock = sock
         self._reading = trio.CancelScope()
         self._buffer = memoryview(bytearray(_MAX_DATAGRAM))
@@ -233,6 +347,7 @@ class DatagramEndpoint(Endpoint):
 
     async def _copy(self) -> None:
         while True:
+            await self._wait_for_room()
             await trio.lowlevel.wait_readable(self._sock)
             try:
                 size = self._sock.recv_into(self._buffer)
@@ -245,8 +360,8 @@ class DatagramEndpoint(Endpoint):
             if size:
                 message = data_head(self.connect_id, size) + self._buffer[:size]
                 self._state.data_packets.to_server.value += 1
+                self._spend(len(message))
                 self._call.forward(self.to_server, len(message), message)
-                await self._wait_for_room()
 
     def from_server(self, parts: Sequence[Buffer]) -> None:
         # What the socket does not take is lost, as datagrams are.
@@ -261,6 +376,21 @@ class DatagramEndpoint(Endpoint):
         for payload in payloads:
             self.from_server((payload,))
 
+    @property
+    def _queued(self) -> int:
+        return 0
+
     def close(self) -> None:
         self.closing = True
         self._reading.cancel()
+
+    def half_close(self) -> None:
+        # Datagrams know no end: it is over.
+        self._reading.cancel()
+
+    def abort(self) -> None:
+        self.close()
+
+
+def _nothing(_size: int) -> None:
+    """There is nothing to hold or to release."""

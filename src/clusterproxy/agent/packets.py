@@ -60,8 +60,12 @@ class PacketReader:
         """Bytes of a full message."""
         return len(self._head) + CHUNK
 
-    def places(self, room: int) -> Sequence[memoryview]:
-        """Return places for at most about *room* bytes, one at least."""
+    def places(self, room: int, limit: int | None = None) -> Sequence[memoryview]:
+        """Return places for at most about *room* bytes, one at least, and surely *limit* bytes at most."""
+        if limit is not None:
+            if limit < CHUNK:
+                return (self._places[0][:limit],)
+            room = min(room, limit)
         count = room // CHUNK
         return self._places if count >= COUNT else self._places[: max(count, 1)]
 

@@ -12,18 +12,22 @@ import trio
 
 from clusterproxy.errors import ClusterProxyError
 from clusterproxy.grpc import PREFIX_SIZE, Metadata, Status
+from clusterproxy.tunnel.extension import accepted
 from clusterproxy_proto import (
     CloseDial,
     CloseRequest,
     CloseResponse,
+    Credit,
     Data,
     DecodeError,
     DialRequest,
     DialResponse,
     Drain,
+    HalfClose,
     Packet,
     PacketType,
     Payload,
+    Reset,
     canonical_data,
     decode,
     encode,
@@ -51,6 +55,7 @@ _MAX_ADDRESS: Final = 1024
 _COUNT: Final = re.compile(r"[+-]?[0-9]{1,9}")
 
 _TYPES: Final = frozenset(int(kind) for kind in PacketType)
+_UPSTREAM: Final = frozenset(kind for kind in _TYPES if kind < PacketType.CREDIT)
 
 
 class HandshakeError(ClusterProxyError):
@@ -62,6 +67,7 @@ class Session:
 
     Attributes:
       server_id, server_count: as the server says, once :meth:`greet` returned.
+      extended: whether the server knows credit, half-close and reset (docs/protocol-extensions.md).
     """
 
     def __init__(self, state: AgentState, call: ClientCall) -> None:
@@ -69,6 +75,7 @@ class Session:
         self.call = call
         self.server_id = ""
         self.server_count = 0
+        self.extended = False
         self.endpoints: dict[int, Endpoint] = {}
         self._dials: dict[int, trio.CancelScope] = {}
         self._last_id = 0
@@ -94,6 +101,7 @@ class Session:
         if not _COUNT.fullmatch(count):
             raise HandshakeError(f"server count {count[:64]!r} is not a number")
         self.server_count = int(count)
+        self.extended = accepted(metadata)
 
     async def run(self) -> None:
         """Serve until the stream ends. All its connections end with it.
@@ -128,7 +136,7 @@ class Session:
         found = canonical_data(head, PREFIX_SIZE, size - PREFIX_SIZE)
         if found is not None:
             self._state.data_packets.from_server.value += 1
-            self._on_data(found[0], (head[PREFIX_SIZE + found[1] :], *rest))
+            self._on_data(found[0], size, (head[PREFIX_SIZE + found[1] :], *rest))
             return
         try:
             packet = decode(b"".join((head[PREFIX_SIZE:], *rest)))
@@ -136,7 +144,7 @@ class Session:
             # The stream is shared by all clients of the server, so it goes on.
             self._reject("undecodable", str(error))
             return
-        self._receive_packet(packet)
+        self._receive_packet(size, packet)
 
     def _receive_run(self, size: int, view: memoryview) -> None:
         """Take messages of one size; those of one connection go to its service together."""
@@ -149,21 +157,25 @@ class Session:
                 continue
             offset = PREFIX_SIZE + found[1]
             stop = run_end(view, start, size, offset)
-            self._state.data_packets.from_server.value += (stop - start) // size
+            count = (stop - start) // size
+            self._state.data_packets.from_server.value += count
             payloads = [view[at + offset : at + size] for at in range(start, stop, size)]
             endpoint = self.endpoints.get(found[0])
-            if endpoint is not None:
-                endpoint.run_from_server(payloads)
-            else:
+            if endpoint is None:
                 for payload in payloads:
-                    self._on_data(found[0], (payload,))
+                    self._on_data(found[0], size, (payload,))
+            elif endpoint.receive(size, count):
+                endpoint.run_from_server(payloads)
+                endpoint.grant()
+            else:
+                self._on_overdraft(found[0], endpoint)
             start = stop
 
-    def _receive_packet(self, packet: Packet) -> None:
+    def _receive_packet(self, size: int, packet: Packet) -> None:
         known = packet.type in _TYPES
         self._state.count_packet("to_agent", PacketType(packet.type).name if known else "Unknown")
         if not packet.consistent:
-            if known:
+            if packet.type in _UPSTREAM:
                 self._reject("no_payload", f"packet of type {packet.type} without its payload")
             return
         match packet.payload:
@@ -171,9 +183,21 @@ class Session:
                 self._on_dial_request(packet.payload)
             case Data():
                 if packet.payload.connect_id:
-                    self._on_data(packet.payload.connect_id, (packet.payload.data,))
+                    self._on_data(packet.payload.connect_id, size, (packet.payload.data,))
             case CloseRequest():
                 self._on_close_request(packet.payload.connect_id)
+            case Credit() if self.extended:
+                endpoint = self.endpoints.get(packet.payload.connect_id)
+                if endpoint is not None:
+                    endpoint.credit(packet.payload.size)
+            case HalfClose() if self.extended:
+                endpoint = self.endpoints.get(packet.payload.connect_id)
+                if endpoint is not None:
+                    endpoint.half_close()
+            case Reset() if self.extended:
+                endpoint = self.endpoints.get(packet.payload.connect_id)
+                if endpoint is not None:
+                    self._break(packet.payload.connect_id, endpoint)
             case CloseDial():
                 scope = self._dials.get(packet.payload.random)
                 if scope is not None:
@@ -197,12 +221,25 @@ class Session:
         if self.call.stream.schedule.urgent_size < _ADVISORY_LIMIT:
             self._send(payload)
 
-    def _on_data(self, connect_id: int, parts: tuple[Buffer, ...]) -> None:
+    def _on_data(self, connect_id: int, size: int, parts: tuple[Buffer, ...]) -> None:
         endpoint = self.endpoints.get(connect_id)
         if endpoint is None:
             self._advise(CloseResponse("unrecognized connectID", connect_id))
-        else:
+        elif endpoint.receive(size):
             endpoint.from_server(parts)
+            endpoint.grant()
+        else:
+            self._on_overdraft(connect_id, endpoint)
+
+    def _on_overdraft(self, connect_id: int, endpoint: Endpoint) -> None:
+        self._reject("overdraft", "more DATA than was granted")
+        self._send(Reset(connect_id, "more DATA than was granted"))
+        self._break(connect_id, endpoint)
+
+    def _break(self, connect_id: int, endpoint: Endpoint) -> None:
+        """End a connection without a word to the server."""
+        self._forget(connect_id)
+        endpoint.abort()
 
     def _on_close_request(self, connect_id: int) -> None:
         endpoint = self.endpoints.get(connect_id)
@@ -243,7 +280,7 @@ class Session:
             return
         datagrams = sock.type == socket.SOCK_DGRAM
         kind = DatagramEndpoint if datagrams else StreamEndpoint
-        endpoint = kind(self._state, self.call, connect_id, sock)
+        endpoint = kind(self._state, self.call, connect_id, sock, extended=self.extended)
         self.endpoints[connect_id] = endpoint
         metrics = self._state.metrics
         metrics.open_endpoint_connections.inc()
@@ -264,8 +301,11 @@ class Session:
 
     def _ended(self, connect_id: int, endpoint: Endpoint) -> None:
         """A connection is over: tell the server, behind its data. Idempotent."""
-        if self.endpoints.get(connect_id) is not endpoint:
-            return
+        if self.endpoints.get(connect_id) is endpoint:
+            self._forget(connect_id)
+            endpoint.confirm_close()
+
+    def _forget(self, connect_id: int) -> None:
         del self.endpoints[connect_id]
         _log.debug(
             "connection closed",
@@ -273,7 +313,6 @@ class Session:
         )
         self._state.metrics.open_endpoint_connections.dec()
         self._state.last_use = trio.current_time()
-        endpoint.confirm_close(endpoint.error)
 
     async def _dial(self, request: DialRequest) -> socket.socket | None:
         started = trio.current_time()

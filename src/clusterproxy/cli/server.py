@@ -149,6 +149,11 @@ def _flags(server_id: str) -> Iterator[Flag]:
         DURATION,
         "A full proxied connection that takes nothing for so long is closed.",
     )
+    yield _flag(
+        "half-close-linger",
+        DURATION,
+        "How long a service behind a Go agent may still answer a client that has ended its side.",
+    )
     yield from LOG_FLAGS
 
 

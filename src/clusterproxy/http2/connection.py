@@ -51,6 +51,7 @@ class Http2Connection:
       lost: why the connection is over, or None.
       at_fault: whether it is over because the peer broke a rule.
       draining: no more streams are opened on it; those that are open go on.
+      keepalive: silence before a PING and after it in seconds, where the general ones do not hold.
       on_idle: called once when the last stream of a draining connection has ended.
 
     Args:
@@ -89,6 +90,7 @@ class Http2Connection:
         self.at_fault = False
         self.draining = False
         self.on_idle: Callable[[], None] | None = None
+        self.keepalive: tuple[float, float] | None = None
         self._transport = transport
         self._client = client
         self._on_request = on_request
@@ -437,6 +439,8 @@ class Http2Connection:
         """Keep alive: PING after *interval* seconds of silence, end *timeout* seconds later."""
         if self.lost:
             return
+        if self.keepalive is not None:
+            interval, timeout = self.keepalive
         if not self._greeted and now - self._opened > _GREETING_S:
             self.fail("no HTTP/2 preface from the peer")
         elif self._pings:

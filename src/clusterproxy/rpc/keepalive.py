@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 #: grpc-go's default for the answer to a keepalive PING.
 TIMEOUT_S: Final = 20.0
 
+#: Silence before a PING, and silence after it, between two ends that both are clusterproxy's.
+BETWEEN_OURS: Final = (5.0, 10.0)
+
 # How often connections are looked at: one task for all of them, so an idle one costs no task.
 _LOOK_S: Final = 1.0
 

@@ -30,6 +30,7 @@ from .backends import BackendPool
 from .connect import ConnectTunnel
 from .frontend import frontend_opener
 from .state import PacketCounters, ServerState
+from .status import status_route
 
 if TYPE_CHECKING:
     import socket
@@ -232,7 +233,11 @@ async def run_server(config: ServerConfig) -> int:
     """
     server = ProxyServer(config)
     health = server_health_handler(server.metrics, server.ready)
-    admin = server_admin_handler(server.metrics, enable_profiling=config.enable_profiling)
+    admin = server_admin_handler(
+        server.metrics,
+        enable_profiling=config.enable_profiling,
+        status=status_route(server.state, server.ready),
+    )
     listeners: list[tuple[socket.socket, Callable[[socket.socket], Awaitable[None]]]] = []
     with contextlib.ExitStack() as opened:
         if config.uds_name:

@@ -9,18 +9,24 @@ import trio
 
 from clusterproxy.errors import RPCError
 from clusterproxy.grpc import PREFIX_SIZE, Status
+from clusterproxy.rpc.keepalive import BETWEEN_OURS
+from clusterproxy.tunnel.extension import accepted, offer
 from clusterproxy.tunnel.identifiers import Identifiers
 from clusterproxy.tunnel.messages import data_message
 from clusterproxy_proto import (
     CloseDial,
     CloseRequest,
     CloseResponse,
+    Credit,
     Data,
     DecodeError,
     DialResponse,
     Drain,
+    HalfClose,
     Packet,
     PacketType,
+    Payload,
+    Reset,
     canonical_data,
     decode,
     encode,
@@ -30,6 +36,7 @@ from clusterproxy_proto import (
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from clusterproxy.http2.flow import Buffer
     from clusterproxy.rpc.server import ServerCall
 
     from .connection import Connection, PendingDial
@@ -47,6 +54,9 @@ _DIALS_LIMIT: Final = 128 * 1024
 # Answers to what an agent sent without need are left out while so much waits for it.
 _ADVISORY_LIMIT: Final = 64 * 1024
 
+# Longer reasons are cut: they go into logs, and on to clients.
+_MAX_REASON: Final = 1024
+
 
 class Backend:
     """The server's end of one agent's stream.
@@ -61,10 +71,14 @@ class Backend:
         self.call = call
         self.agent_id = _agent_id(call)
         self.identifiers = _identifiers(call)
+        #: Whether the agent knows credit, half-close and reset (docs/protocol-extensions.md).
+        self.extended = accepted(call.metadata)
         self.draining = False
         self.connections: dict[int, Connection] = {}
         self.dials: dict[int, PendingDial] = {}
         self._closing: dict[int, None] = {}
+        # Without a client any more, but with something that waits for the agent's credit.
+        self._leaving: dict[int, Connection] = {}
         self._rejected = False
         self._retired = trio.Event()
         # What is sent here is asked for by clients: it is not the agent's fault if it is much.
@@ -79,8 +93,11 @@ class Backend:
             {
                 "serverid": [state.config.server_id],
                 "servercount": [str(state.config.server_count)],
+                **(offer() if self.extended else {}),
             }
         )
+        if self.extended and "keepalive-time" not in state.config.given:
+            call.connection.keepalive = BETWEEN_OURS
         state.metrics.grpc_connections.labels("Connect").inc()
         state.pool.add(self)
         _log.info("agent connected", extra={"agent_id": self.agent_id})
@@ -124,6 +141,8 @@ class Backend:
             if self._remove(connection):
                 connection.drop_to_agent()
                 connection.closed_by_agent("")
+        for connect_id in list(self._leaving):
+            self._forget_leaving(connect_id)
         _log.info(
             "agent disconnected: %s", message or status.go_name, extra={"agent_id": self.agent_id}
         )
@@ -151,6 +170,33 @@ class Backend:
         """Forget a connection that the agent was asked to close; what it still sends is dropped."""
         if self._remove(connection):
             self._expect_close(connection.connect_id)
+            if self.extended and connection.to_agent.queued:
+                self._leaving[connection.connect_id] = connection
+                self.call.start_soon(self._linger, connection)
+
+    def drained(self, connection: Connection) -> None:
+        """Nothing of a connection waits for the agent any more."""
+        if self._leaving.get(connection.connect_id) is connection:
+            del self._leaving[connection.connect_id]
+
+    async def _linger(self, connection: Connection) -> None:
+        """Give a connection up whose client is gone and whose service takes nothing."""
+        taken = -1
+        while taken != connection.to_agent.taken:
+            taken = connection.to_agent.taken
+            await trio.sleep(self._state.config.stall_timeout_s)
+        if connection.connect_id in self._leaving:
+            connection.drop_to_agent()
+            self.drained(connection)
+            self.send(
+                Reset(connection.connect_id, "the service took nothing and the client has gone")
+            )
+
+    def send(self, payload: Payload) -> None:
+        """Send a small packet ahead of all that waits."""
+        packet = Packet.of(payload)
+        self._state.count_packet("to_agent", PacketType(packet.type).name)
+        self.call.send(encode(packet))
 
     def _expect_close(self, connect_id: int) -> None:
         self._closing[connect_id] = None
@@ -162,7 +208,7 @@ class Backend:
     def _receive(self, size: int, head: memoryview, rest: tuple[memoryview, ...]) -> None:
         found = canonical_data(head, PREFIX_SIZE, size - PREFIX_SIZE)
         if found is None:
-            self._receive_other(b"".join((head[PREFIX_SIZE:], *rest)))
+            self._receive_other(size, b"".join((head[PREFIX_SIZE:], *rest)))
             return
         self._state.data_packets.from_agent.value += 1
         connect_id, payload = found
@@ -170,7 +216,7 @@ class Backend:
         if connection is None:
             self._on_unknown(connect_id)
         else:
-            connection.from_agent(size, head, rest, PREFIX_SIZE + payload)
+            self._pass_on(connection, size, size, head, rest, PREFIX_SIZE + payload)
 
     def _receive_run(self, size: int, view: memoryview) -> None:
         """Take messages of one size; those of one connection are passed on as they lie there."""
@@ -184,11 +230,30 @@ class Backend:
                 continue
             offset = PREFIX_SIZE + found[1]
             stop = run_end(view, start, size, offset)
-            self._state.data_packets.from_agent.value += (stop - start) // size
-            connection.run_from_agent(size, view[start:stop], offset)
+            count = (stop - start) // size
+            self._state.data_packets.from_agent.value += count
+            window = connection.window
+            if window is None or window.receive(size, count):
+                connection.run_from_agent(size, view[start:stop], offset)
+                if window is not None:
+                    connection.grant(window)
+            else:
+                self._on_overdraft(connection)
             start = stop
 
-    def _receive_other(self, message: bytes) -> None:
+    def _on_overdraft(self, connection: Connection) -> None:
+        self._reject("overdraft", "more DATA than was granted")
+        self._break(connection, "more DATA than was granted")
+        self.send(Reset(connection.connect_id, "more DATA than was granted"))
+        self._expect_close(connection.connect_id)
+
+    def _break(self, connection: Connection, reason: str) -> None:
+        if self._remove(connection):
+            connection.closing = True
+            connection.drop_to_agent()
+            connection.broken_by_agent(reason)
+
+    def _receive_other(self, size: int, message: bytes) -> None:
         try:
             packet = decode(message)
         except DecodeError as error:
@@ -197,18 +262,26 @@ class Backend:
             return
         self._state.count_packet("from_agent", _name(packet.type))
         if not packet.consistent:
-            if packet.type in _TYPES:
+            if packet.type in _UPSTREAM:
                 self._reject("no_payload", f"packet of type {packet.type} without its payload")
             return
         match packet.payload:
             case Data():
-                self._on_data(packet.payload)
+                self._on_data(size, packet.payload)
             case DialResponse():
                 self._on_dial_response(packet.payload)
             case CloseResponse():
                 self._on_close_response(packet.payload)
             case CloseDial():
                 self._on_close_dial(packet.payload)
+            case Credit() if self.extended:
+                self._on_credit(packet.payload)
+            case HalfClose() if self.extended:
+                connection = self.connections.get(packet.payload.connect_id)
+                if connection is not None:
+                    connection.ended_by_agent()
+            case Reset() if self.extended:
+                self._on_reset(packet.payload)
             case Drain() | None:
                 self.draining = True
                 _log.info("agent drains", extra={"agent_id": self.agent_id})
@@ -222,15 +295,32 @@ class Backend:
         self._rejected = True
         _log.log(level, "packet of an agent ignored: %s", text, extra={"agent_id": self.agent_id})
 
-    def _on_data(self, data: Data) -> None:
+    def _on_data(self, size: int, data: Data) -> None:
         """DATA in another form than the usual one, encoded afresh."""
         connection = self.connections.get(data.connect_id)
         if connection is None:
             if data.connect_id:
                 self._on_unknown(data.connect_id)
+            return
+        message, payload = data_message(data.connect_id, data.data)
+        self._pass_on(connection, size, len(message), message, (), payload)
+
+    def _pass_on(
+        self,
+        connection: Connection,
+        received: int,
+        size: int,
+        head: Buffer,
+        rest: tuple[Buffer, ...],
+        payload: int,
+    ) -> None:
+        window = connection.window
+        if window is None or window.receive(received):
+            connection.from_agent(size, head, rest, payload)
+            if window is not None:
+                connection.grant(window)
         else:
-            message, payload = data_message(data.connect_id, data.data)
-            connection.from_agent(len(message), message, (), payload)
+            self._on_overdraft(connection)
 
     def _on_unknown(self, connect_id: int) -> None:
         if connect_id in self._closing:
@@ -265,8 +355,29 @@ class Backend:
             # The client's stream could not take even the answer.
             self._state.count_dial_failure("send_rsp")
 
+    def _on_credit(self, credit: Credit) -> None:
+        connection = self.connections.get(credit.connect_id)
+        if connection is None:
+            connection = self._leaving.get(credit.connect_id)
+        if connection is not None:
+            connection.credit(credit.size)
+
+    def _on_reset(self, reset: Reset) -> None:
+        self._closing.pop(reset.connect_id, None)
+        self._forget_leaving(reset.connect_id)
+        connection = self.connections.get(reset.connect_id)
+        if connection is not None:
+            self._break(connection, reset.reason[:_MAX_REASON])
+
+    def _forget_leaving(self, connect_id: int) -> None:
+        """The agent has done with a connection: what still waits for it is void."""
+        connection = self._leaving.pop(connect_id, None)
+        if connection is not None:
+            connection.drop_to_agent()
+
     def _on_close_response(self, response: CloseResponse) -> None:
         self._closing.pop(response.connect_id, None)
+        self._forget_leaving(response.connect_id)
         connection = self.connections.get(response.connect_id)
         if connection is not None and self._remove(connection):
             connection.closed_by_agent(response.error)
@@ -280,6 +391,7 @@ class Backend:
 
 
 _TYPES: Final = frozenset(int(kind) for kind in PacketType)
+_UPSTREAM: Final = frozenset(kind for kind in _TYPES if kind < PacketType.CREDIT)
 
 
 def _name(packet_type: int) -> str:

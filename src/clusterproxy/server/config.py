@@ -83,6 +83,8 @@ class ServerConfig:
     connection_buffer_bytes: int = 16_777_216
     total_buffer_bytes: int = 536_870_912
     stall_timeout_s: float = 10.0
+    half_close_linger_s: float = 10.0
+    """How long a Go agent's service may go on after a client has ended its side."""
     log_format: str = "text"
     verbosity: int = 0
 
@@ -281,6 +283,11 @@ class ServerConfig:
             raise ConfigError(
                 "stall-timeout",
                 f"stall-timeout must be > 0, got {format_seconds(self.stall_timeout_s)}",
+            )
+        if self.half_close_linger_s < 0:
+            raise ConfigError(
+                "half-close-linger",
+                f"half-close-linger must be >= 0, got {format_seconds(self.half_close_linger_s)}",
             )
 
 

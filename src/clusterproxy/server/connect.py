@@ -40,6 +40,12 @@ _MAX_SKIPPED_BODY: Final = 256 * 1024
 # How long a client may take to read the end and to close.
 _PART_S: Final = 1.0
 
+# How often the kernel is asked whether a client has received what it was sent.
+_LOOK_S: Final = 0.01
+
+# How often the kernel is asked whether a client is still there that is not read.
+_GONE_S: Final = 5.0
+
 # Upstream's ReadHeaderTimeout.
 _HEADER_TIMEOUT_S: Final = 60.0
 
@@ -71,6 +77,7 @@ class ConnectTunnel(Client):
         self._error = b""
         self._connection: ConnectConnection | None = None
         self._over = trio.Event()
+        self._broken_by_agent = False
         self._reading: trio.CancelScope | None = None
         self.sink = ByteSink(transport, self.spawn, self._broken)
 
@@ -89,10 +96,7 @@ class ConnectTunnel(Client):
             self._nursery = None
             self.sink.discard()
             if self._connection is not None:
-                if not self._connection.closing:
-                    # Not an orderly end: nobody is there to whom what it sent would matter.
-                    self._connection.drop_to_agent()
-                self._connection.leave()
+                self._connection.break_off("the client has gone")
                 self._connection.note_queue()
             self._transport.close()
             metrics.http_connections.dec()
@@ -255,14 +259,34 @@ class ConnectTunnel(Client):
             if self._over.is_set():
                 self._reading.cancel()
             await self._copy_to_agent(connection, early)
-        connection.request_close()
-        with trio.move_on_after(_CLOSE_TIMEOUT_S):
-            await self._over.wait()
+        await self._await_agent(connection)
         sent = trio.Event()
         self.sink.finish(sent.set)
         await sent.wait()
+        if self._broken_by_agent:
+            await self._break()
+            return
         with trio.move_on_after(_PART_S):
             await self._part()
+
+    async def _await_agent(self, connection: ConnectConnection) -> None:
+        """The client has ended its side: it still gets what the service sends."""
+        if self._over.is_set():
+            return
+        connection.end_client()
+        limit = float("inf")
+        if not connection.backend.extended:
+            limit = self._state.config.half_close_linger_s + _CLOSE_TIMEOUT_S
+        with trio.move_on_after(limit):
+            await self._over.wait()
+        connection.request_close()
+
+    async def _break(self) -> None:
+        """Reset the client, but not what it has not received yet."""
+        with trio.move_on_after(_PART_S):
+            while self._transport.outstanding():  # noqa: ASYNC110  the kernel does not tell
+                await trio.sleep(_LOOK_S)
+        self._transport.close(reset=True)
 
     async def _copy_to_agent(self, connection: ConnectConnection, early: bytes) -> None:
         view = memoryview(early)
@@ -275,6 +299,24 @@ class ConnectTunnel(Client):
             view = await self._transport.receive()
             if not view:
                 return
+
+    def check_client(self) -> None:
+        """Look whether the client is still there; nobody reads its socket now.
+
+        Raises:
+          trio.BrokenResourceError: it is not.
+        """
+        if self._transport.gone:
+            raise trio.BrokenResourceError("the client has gone")
+
+    def agent_ended(self) -> None:
+        """The service sends no more: neither do we, once all is with the client."""
+        self.sink.finish(self._transport.send_eof)
+
+    def agent_broke(self) -> None:
+        """The connection broke behind us."""
+        self._broken_by_agent = True
+        self.over()
 
     def over(self) -> None:
         """The agent has closed the connection."""
@@ -305,10 +347,16 @@ class ConnectConnection(Connection):
         tunnel.sink.on_drain = self.note_queue
 
     async def room(self) -> None:
-        """Wait while anything of the client waits for the agent: its socket can hold the rest."""
-        if self.to_agent.queued:
+        """Wait while anything of the client waits for the agent: its socket can hold the rest.
+
+        Raises:
+          trio.BrokenResourceError: the client has gone meanwhile.
+        """
+        while self.to_agent.queued:
             self._room = trio.Event()
-            await self._room.wait()
+            with trio.move_on_after(_GONE_S):
+                await self._room.wait()
+            self._tunnel.check_client()
 
     def _release(self, size: int) -> None:
         if not self.to_agent.queued:
@@ -327,6 +375,12 @@ class ConnectConnection(Connection):
         sink.send([view[at + payload : at + size] for at in range(0, len(view), size)])
         if sink.queued:
             self.note_queue()
+
+    def ended_by_agent(self) -> None:
+        self._tunnel.agent_ended()
+
+    def broken_by_agent(self, reason: str) -> None:
+        self._tunnel.agent_broke()
 
     def closed_by_agent(self, error: str) -> None:
         self.closing = True  # the agent need not be asked to close what it has closed

@@ -12,12 +12,18 @@ import trio
 from clusterproxy.http2.flow import Buffer, Flow
 from clusterproxy.transport.stall import watch_stall
 from clusterproxy.tunnel.budget import Guard, Queue
+from clusterproxy.tunnel.extension import Allowance, Window
 from clusterproxy.tunnel.messages import data_head
 from clusterproxy_proto import (
     CloseDial,
     CloseRequest,
+    Credit,
     DialRequest,
+    HalfClose,
     Packet,
+    PacketType,
+    Payload,
+    Reset,
     encode,
 )
 
@@ -36,6 +42,10 @@ SATURATED: Final = "too many dials wait for the agent"
 # A host name has at most 255 bytes; what is much longer only costs the agent's shared stream.
 MAX_ADDRESS: Final = 1024
 MAX_PROTOCOL: Final = 32
+
+
+def _nothing(_size: int) -> None:
+    """There is nothing to hold or to release."""
 
 
 class Client(ABC):
@@ -163,12 +173,18 @@ class Connection(ABC):
     """One proxied connection, known by its agent's stream and the number it has there.
 
     Bytes from the agent come on a stream that others share, so they are queued for the client within
-    a budget (:attr:`guard`). Bytes from the client come on a stream or socket of its own, which is
-    simply not read, or granted nothing, while they wait.
+    a budget (:attr:`guard`), or, if the agent knows credit, no more come than was granted
+    (:attr:`window`). Bytes from the client come on a stream or socket of its own, which is simply not
+    read, or granted nothing, while they wait for room, or for the agent's credit.
+
+    Attributes:
+      closing: the agent was asked to close, or has closed.
     """
 
     __slots__ = (
         "_agent_stream",
+        "_allowance",
+        "_client_ended",
         "_state",
         "backend",
         "closing",
@@ -176,6 +192,7 @@ class Connection(ABC):
         "guard",
         "started",
         "to_agent",
+        "window",
     )
 
     def __init__(
@@ -186,9 +203,17 @@ class Connection(ABC):
         self.connect_id = connect_id
         self.closing = False
         self.started = trio.current_time()
-        self.to_agent = Flow(self._release)
+        self._client_ended = False
+        self.to_agent = Flow(self._drained_to_agent)
         self._agent_stream = stream = dial.backend.call.stream
-        self.guard = Guard(queue, state.budget, stream.hold, stream.release)
+        if dial.backend.extended:
+            self.window: Window | None = Window()
+            self._allowance: Allowance | None = Allowance()
+            # What it sends is bounded by its credit: the stream that it shares is never held.
+            self.guard = Guard(queue, state.budget, _nothing, _nothing)
+        else:
+            self.window = self._allowance = None
+            self.guard = Guard(queue, state.budget, stream.hold, stream.release)
         _log.debug(
             "connection to %.256s opened",
             dial.address,
@@ -207,10 +232,36 @@ class Connection(ABC):
     def forward_to_agent(self, size: int, head: Buffer, rest: tuple[Buffer, ...]) -> None:
         """Pass on a DATA message as it is; the client's source is held for what must wait."""
         self._state.data_packets.to_agent.value += 1
+        if self._client_ended:
+            return
         before = self.to_agent.queued
         self._agent_stream.send(self.to_agent, size, head, rest)
         if self.to_agent.queued != before:
             self._hold(self.to_agent.queued - before)
+        elif self._allowance is not None:
+            self._spend(size)
+
+    def _spend(self, size: int) -> None:
+        """Count what has gone to the agent against its credit; without any left the rest waits."""
+        assert self._allowance is not None  # noqa: S101
+        self._allowance.left -= size
+        if self._allowance.exhausted:
+            self.to_agent.held = True
+
+    def credit(self, size: int) -> None:
+        """The agent takes so many bytes more."""
+        if self._allowance is None or size <= 0:
+            return
+        self._allowance.left += size
+        if self.to_agent.held and not self._allowance.exhausted:
+            self._agent_stream.resume_flow(self.to_agent)
+
+    def _drained_to_agent(self, size: int) -> None:
+        if self._allowance is not None:
+            self._spend(size)
+            if not self.to_agent.queued:
+                self.backend.drained(self)
+        self._release(size)
 
     def _hold(self, size: int) -> None:  # noqa: B027  nothing to withhold, unless overridden
         """Withhold bytes of the client's credit: they wait for the agent."""
@@ -231,21 +282,55 @@ class Connection(ABC):
 
     def request_close(self) -> None:
         """Ask the agent to close, behind what was sent. Idempotent."""
-        if self.closing:
-            return
-        self.closing = True
-        self._state.count_packet("to_agent", "CLOSE_REQ")
+        if not self.closing:
+            self.closing = True
+            self._send_last(CloseRequest(self.connect_id))
+
+    def _send_last(self, payload: Payload) -> None:
+        """Send a packet to the agent behind all data."""
+        packet = Packet.of(payload)
+        self._state.count_packet("to_agent", PacketType(packet.type).name)
         before = self.to_agent.queued
-        message = encode(Packet.of(CloseRequest(self.connect_id)))
-        self.backend.call.send_behind(self.to_agent, message)
+        self.backend.call.send_behind(self.to_agent, encode(packet))
         if self.to_agent.queued != before:
             self._hold(self.to_agent.queued - before)
 
     def leave(self) -> None:
-        """The client is gone: forget the connection and have the agent close it."""
+        """The client wants no more: forget the connection and have the agent close it."""
         if self.backend.connections.get(self.connect_id) is self:
             self.request_close()
             self.backend.disown(self)
+
+    def break_off(self, reason: str) -> None:
+        """The client is gone, and not by an orderly end: what it sent and still waits is void."""
+        if self.backend.connections.get(self.connect_id) is not self:
+            return
+        if self.closing:
+            self.leave()
+            return
+        self.drop_to_agent()
+        if self.backend.extended:
+            self.closing = True
+            self.backend.send(Reset(self.connect_id, reason))
+            self.backend.disown(self)
+        else:
+            self.leave()
+
+    def end_client(self) -> None:
+        """The client will send no more, but still reads. Idempotent."""
+        if self._client_ended or self.closing:
+            return
+        self._client_ended = True
+        if self.backend.extended:
+            self._send_last(HalfClose(self.connect_id))
+        else:
+            # A Go agent knows one end only: the answer may still come for a while.
+            self._spawn(self._linger)
+
+    async def _linger(self) -> None:
+        await trio.sleep(self._state.config.half_close_linger_s)
+        if self.backend.connections.get(self.connect_id) is self:
+            self.request_close()
 
     # -- agent to client ---------------------------------------------------------------------------
 
@@ -258,8 +343,16 @@ class Connection(ABC):
         """Pass on DATA messages of *size* bytes each whose payload begins at offset *payload*."""
 
     @abstractmethod
+    def ended_by_agent(self) -> None:
+        """The service will send no more, but still reads; what it sent is delivered first."""
+
+    @abstractmethod
     def closed_by_agent(self, error: str) -> None:
         """The agent has closed it, or its stream has ended; what it sent is delivered first."""
+
+    @abstractmethod
+    def broken_by_agent(self, reason: str) -> None:
+        """The service, or its agent, broke it off; what it sent is delivered as far as it can be."""
 
     @abstractmethod
     def give_up(self) -> None:
@@ -269,8 +362,18 @@ class Connection(ABC):
         """Look at the client's queue after something was put in or taken out."""
         over = self.guard.update()
         self._state.note_queued(self)
-        if over:
+        if self.window is not None:
+            self.grant(self.window)
+        elif over:
             self._spawn(self._watch)
+
+    def grant(self, window: Window) -> None:
+        """Let the agent send on what its client has taken, if it is worth a packet."""
+        if self.closing:
+            return
+        size = window.grant(self.guard.queued, self._state.budget.limit)
+        if size:
+            self.backend.send(Credit(self.connect_id, size))
 
     @abstractmethod
     def _spawn(self, function: Callable[..., Awaitable[None]], /, *args: object) -> None: ...

@@ -11,6 +11,8 @@ import trio
 from clusterproxy.errors import RPCError
 from clusterproxy.grpc import PREFIX_SIZE, Status, prefix
 from clusterproxy.http2.flow import Flow
+from clusterproxy.rpc.keepalive import BETWEEN_OURS
+from clusterproxy.tunnel.extension import accepted, offer
 from clusterproxy.tunnel.messages import data_head, data_message
 from clusterproxy_proto import (
     CloseDial,
@@ -20,9 +22,11 @@ from clusterproxy_proto import (
     DecodeError,
     DialRequest,
     DialResponse,
+    HalfClose,
     Packet,
     PacketType,
     Payload,
+    Reset,
     canonical_data,
     decode,
     encode,
@@ -73,6 +77,12 @@ class Frontend(Client):
         self._state = state
         self.call = call
         self.shield = Shield(call) if needs_shield(call.user_agent) else None
+        #: Whether the client knows half-close and reset (docs/protocol-extensions.md).
+        self.extended = accepted(call.metadata)
+        if self.extended:
+            call.send_initial_metadata(offer())
+            if "frontend-keepalive-time" not in state.config.given:
+                call.connection.keepalive = BETWEEN_OURS
         # By the number that the client knows, which differs from the agent's only if two agents
         # happened to choose the same one.
         self.connections: dict[int, FrontendConnection] = {}
@@ -105,10 +115,10 @@ class Frontend(Client):
         self._dials.clear()
         # A client that ends its side wants no more of what is queued, so that nothing outlives the call.
         for connection in (*self.connections.values(), *self._leaving):
-            if not self.call.stream.open and not connection.closing:
-                # Reset: nobody is there to whom what it sent would matter.
-                connection.drop_to_agent()
-            connection.leave()
+            if self.call.stream.open:
+                connection.leave()
+            else:
+                connection.break_off("the client has gone")
             connection.drop_to_client()
         self.connections.clear()
         self._leaving.clear()
@@ -153,6 +163,12 @@ class Frontend(Client):
                 self._on_close_request(packet.payload.connect_id)
             case CloseDial():
                 self._on_close_dial(packet.payload.random)
+            case HalfClose() if self.extended:
+                connection = self.connections.get(packet.payload.connect_id)
+                if connection is not None:
+                    connection.end_client()
+            case Reset() if self.extended:
+                self._on_reset(packet.payload)
             case _:
                 pass  # what only agents send
 
@@ -234,6 +250,13 @@ class Frontend(Client):
         elif connect_id not in self._closed:
             self._state.reject("from_client", "foreign_connection")
 
+    def _on_reset(self, reset: Reset) -> None:
+        connection = self.connections.get(reset.connect_id)
+        if connection is not None:
+            self.forget(connection)
+            connection.break_off(reset.reason)
+            connection.drop_to_client()
+
     def _on_close_dial(self, number: int) -> None:
         dial = self._dials.pop(number, None)
         if dial is not None and dial.remove():
@@ -287,8 +310,17 @@ class Frontend(Client):
     def close_connection(self, connection: FrontendConnection, error: str) -> None:
         """Tell the client that a connection is closed, behind its data."""
         self.forget(connection)
-        self._state.count_packet("to_client", "CLOSE_RSP")
-        connection.send_last(encode(Packet.of(CloseResponse(error, connection.client_id))))
+        connection.send_last(CloseResponse(error, connection.client_id))
+        if connection.to_client.queued:
+            self._leaving.add(connection)
+
+    def break_connection(self, connection: FrontendConnection, reason: str) -> None:
+        """Tell the client that a connection broke, behind its data."""
+        if not self.extended:
+            self.close_connection(connection, reason)
+            return
+        self.forget(connection)
+        connection.send_last(Reset(connection.client_id, reason))
         if connection.to_client.queued:
             self._leaving.add(connection)
 
@@ -385,8 +417,11 @@ class FrontendConnection(Connection):
         if flow.queued:
             self.note_queue()
 
-    def send_last(self, message: bytes) -> None:
-        """Send a message behind all data; the shield keeps it back with them."""
+    def send_last(self, payload: Payload) -> None:
+        """Send a packet behind all data; the shield keeps it back with them."""
+        packet = Packet.of(payload)
+        self._state.count_packet("to_client", PacketType(packet.type).name)
+        message = encode(packet)
         flow, call = self.to_client, self._frontend.call
         if not flow.held:
             call.send_behind(flow, message)
@@ -400,8 +435,19 @@ class FrontendConnection(Connection):
         if not self.to_client.queued:
             self._frontend.sent(self)
 
+    def ended_by_agent(self) -> None:
+        if self._frontend.extended:
+            self.send_last(HalfClose(self.client_id))
+        else:
+            # There is no way to tell a Go client; with a Go agent, too, both ends are over then.
+            self._frontend.close_connection(self, "")
+            self.leave()
+
     def closed_by_agent(self, error: str) -> None:
         self._frontend.close_connection(self, error)
+
+    def broken_by_agent(self, reason: str) -> None:
+        self._frontend.break_connection(self, reason)
 
     def give_up(self) -> None:
         self.drop_to_client()

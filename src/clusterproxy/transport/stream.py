@@ -49,6 +49,9 @@ _ANSWERS: Final = 16 * 1024
 _USER_TIMEOUT_MS: Final = 15_000
 _KEEPALIVE_S: Final = 15
 
+# tcpi_state, the first byte of struct tcp_info (linux/tcp.h).
+_TCP_CLOSE: Final = b"\x07"
+
 _GONE: Final = frozenset(
     (errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT, errno.ESHUTDOWN)
 )
@@ -155,6 +158,14 @@ class Transport:
             return int.from_bytes(fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
         except (OSError, ValueError):
             return 0
+
+    @property
+    def gone(self) -> bool:
+        """Whether the kernel knows that the peer has reset the connection, or vanished."""
+        try:
+            return self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == _TCP_CLOSE
+        except OSError:
+            return False  # no TCP
 
     @property
     def closed(self) -> bool:
