@@ -247,6 +247,20 @@ async def test_fin_of_an_http_client(autojump_clock: MockClock) -> None:
         await agent.expect_nothing_more()
 
 
+async def test_an_http_client_that_is_gone_after_its_fin(autojump_clock: MockClock) -> None:
+    """Nobody reads its socket then, and the service says nothing."""
+    async with serving() as server:
+        agent = await server.agent(extended=True)
+        client = await http(server, agent, tcp=True)
+        await client.send_eof()
+        await agent.expect(HalfClose(1))
+        client.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_LINGER, bytes([1] + [0] * 7))
+        await client.aclose()
+        assert await agent.next(within=6) == Reset(1, GONE)
+        await settle()
+        assert value(server.metrics.http_connections) == 0
+
+
 async def test_half_close_of_a_client_behind_its_data(autojump_clock: MockClock) -> None:
     async with serving() as server:
         agent, client = await server.agent(extended=True), await server.client(extended=True)

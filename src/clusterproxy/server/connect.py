@@ -278,7 +278,10 @@ class ConnectTunnel(Client):
         if not connection.backend.extended:
             limit = self._state.config.half_close_linger_s + _CLOSE_TIMEOUT_S
         with trio.move_on_after(limit):
-            await self._over.wait()
+            while not self._over.is_set():
+                with trio.move_on_after(_GONE_S):
+                    await self._over.wait()
+                self.check_client()
         connection.request_close()
 
     async def _break(self) -> None:
