@@ -119,7 +119,12 @@ class Http2Connection:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             try:
-                self.output.start()
+                early = self._transport.receive_early()
+                with self._outbox:
+                    # One write for our SETTINGS and the answer to the peer's: a Go client waits for both.
+                    self.output.start()
+                    if early:
+                        self._receive(early)
                 await self._read()
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 self.lost = self.lost or f"connection broken: {error}"

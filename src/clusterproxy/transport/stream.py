@@ -214,6 +214,16 @@ class Transport:
     def _receive_message(self, places: Sequence[memoryview]) -> int:
         return self.sock.recvmsg_into(places)[0]
 
+    def receive_early(self) -> memoryview:
+        """Return what came with the last bytes of the handshake, mostly nothing; never waits.
+
+        The result is valid until the caller's next checkpoint.
+        """
+        if not self._more:
+            return self._plain[:0]
+        self._more = False
+        return self._plain[: self._decrypt(0)]
+
     async def receive(self) -> memoryview:
         """Return what has arrived, empty at the end of the stream.
 

@@ -81,9 +81,11 @@ def server_context(
 
 
 def client_context(
-    *, ca: str, cert: str | None, key: str | None, alpn: Sequence[str]
+    *, ca: str | None, cert: str | None, key: str | None, alpn: Sequence[str]
 ) -> ssl.SSLContext:
     """Return the context of a client that trusts *ca* alone, with a certificate of its own or none.
+
+    Without *ca* it trusts whom the system trusts.
 
     Raises:
         ConfigError: a file cannot be used; the message names it.
@@ -94,7 +96,10 @@ def client_context(
     _set_cipher_suites(context, ())
     # As Go: names are those in the SAN.
     context.hostname_checks_common_name = False
-    _load_ca(context, ca)
+    if ca is None:
+        context.load_default_certs()
+    else:
+        _load_ca(context, ca)
     if cert or key:
         _load_pair(context, cert or "", key or "")
     return context
