@@ -36,7 +36,10 @@ PROGRAMS = {
     "go-server": f"{UPSTREAM}/cmd/server",
     "go-agent": f"{UPSTREAM}/cmd/agent",
 }
-SINK, SOURCE, ECHO = 19501, 19502, 19503
+SINK, SOURCE, ECHO, HOLE = 19501, 19502, 19503, 19504
+
+# What four connections keep while a fifth of the same agent is unread.
+LEAST_RATE_RATIO, MOST_P99_RATIO = 0.9, 2.0
 
 
 @attrs.frozen
@@ -110,7 +113,7 @@ def running(command: list[str], log: Path) -> Any:
 
 
 @contextmanager
-def pair(name: str, server: list[str], agent: list[str], port: int, folder: Path) -> Any:
+def pair(name: str, server: list[str], agent: list[str], port: int, folder: Path, mode: str = "grpc") -> Any:
     def files(*flags: tuple[str, str]) -> list[str]:
         return [f"--{flag}={folder / file}" for flag, file in flags]
 
@@ -120,7 +123,7 @@ def pair(name: str, server: list[str], agent: list[str], port: int, folder: Path
             ("server-cert", "frontend.crt"), ("server-key", "frontend.key"), ("server-ca-cert", "frontend-ca.crt"),
             ("cluster-cert", "cluster.crt"), ("cluster-key", "cluster.key"), ("cluster-ca-cert", "cluster-ca.crt"),
         ),
-        f"--server-port={port}", f"--agent-port={port + 1}", f"--health-port={port + 2}", f"--admin-port={port + 3}", "--v=0",
+        f"--mode={mode}", f"--server-port={port}", f"--agent-port={port + 1}", f"--health-port={port + 2}", f"--admin-port={port + 3}", "--v=0",
     ]
     agent_args = [
         *agent,
@@ -206,6 +209,29 @@ def idle_memory(pairs: list[Pair], folder: Path, count: int) -> list[dict[str, A
     return results
 
 
+def isolation(pairs: dict[str, Pair], rounds: int, seconds: float, folder: Path) -> list[dict[str, Any]]:
+    """Measure four connections before and while a fifth is unread; the verdict is on the medians."""
+    results = []
+    for transport, where in pairs.items():
+        for direction, target in (("read", SOURCE), ("write", SINK)):
+            args = ["--mode", "neighbours", "--direction", direction, "--transport", transport, "--parallel", "4"]
+            args += ["--target", f"127.0.0.1:{target}", "--echo", f"127.0.0.1:{ECHO}", "--unread", f"127.0.0.1:{HOLE}"]
+            reports = [load(where, [*args, "--duration", f"{seconds}s"], folder) for _ in range(rounds)]
+            rate = statistics.median(report["rate_ratio"] for report in reports)
+            p99 = statistics.median(report["rtt_p99_ratio"] for report in reports)
+            kept = rate >= LEAST_RATE_RATIO and p99 <= MOST_P99_RATIO and not any(report["errors"] for report in reports)
+            results.append({
+                "transport": transport, "direction": direction, "rate_ratio": rate, "rtt_p99_ratio": p99,
+                "verdict": "pass" if kept else "fail", "reports": reports,
+            })
+            print(
+                f"one of five unread, {transport} {direction}: {rate:.2f} of the rate, round trip p99 x {p99:.2f}"
+                f" ({'pass' if kept else 'FAIL'}: at least {LEAST_RATE_RATIO}, at most x {MOST_P99_RATIO})",
+                flush=True,
+            )
+    return results
+
+
 def resident(pairs: list[Pair]) -> list[dict[str, Any]]:
     results = []
     for where in pairs:
@@ -222,6 +248,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3)
     parser.add_argument("--tunnels", type=int, default=1000, help="for the memory of idle tunnels; 0: leave out")
+    parser.add_argument("--isolation-rounds", type=int, default=3, help="with one connection unread; 0: leave out")
     parser.add_argument("--only", default="", help="comma list of words: the cases whose name has one of them")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -232,7 +259,7 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="clusterproxy-bench-")))
         make_certificates(folder)
-        listen = [f"sink=127.0.0.1:{SINK}", f"source=127.0.0.1:{SOURCE}", f"echo=127.0.0.1:{ECHO}"]
+        listen = [f"{kind}=127.0.0.1:{port}" for kind, port in (("sink", SINK), ("source", SOURCE), ("echo", ECHO), ("hole", HOLE))]
         target = [str(BUILD / "target")] + [word for where in listen for word in ("-listen", where)]
         stack.enter_context(running(target, folder / "target.log"))
         ours = [sys.executable, "-m", "clusterproxy"]
@@ -247,6 +274,10 @@ def main() -> None:
         report["cases"] = measure(cases, pairs, options.rounds, options.seconds, folder)
         if options.tunnels:
             report["idle"] = idle_memory(pairs, folder, options.tunnels)
+        if options.isolation_rounds:
+            by_connect = stack.enter_context(pair("connect", [*ours, "server"], [*ours, "agent"], 19530, folder, "http-connect"))
+            both = {"grpc": pairs[0], "connect": by_connect}
+            report["isolation"] = isolation(both, options.isolation_rounds, 12, folder)
         if options.json:
             options.json.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -56,9 +56,15 @@ func Tool(name string) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	return buildCached(root, "go.mod", name, pkg)
+}
+
+// buildCached builds a package of the module in folder dir as modFile pins it,
+// if these sources and this Go version have not built it before.
+func buildCached(dir, modFile, name, pkg string, sources ...string) (string, error) {
 	sum := sha256.New()
-	for _, f := range []string{"go.mod", "go.sum"} {
-		text, err := os.ReadFile(filepath.Join(root, f))
+	for _, f := range append([]string{modFile, strings.TrimSuffix(modFile, ".mod") + ".sum"}, sources...) {
+		text, err := os.ReadFile(filepath.Join(dir, f))
 		if err != nil {
 			return "", err
 		}
@@ -69,12 +75,12 @@ func Tool(name string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	dir := filepath.Join(cache, "go-tools-"+hex.EncodeToString(sum.Sum(nil))[:16])
-	return build(root, dir, name, pkg)
+	folder := filepath.Join(cache, "go-tools-"+hex.EncodeToString(sum.Sum(nil))[:16])
+	return build(dir, modFile, folder, name, pkg)
 }
 
 // build runs one go build at a time, however many of us are running.
-func build(root, dir, name, pkg string) (string, error) {
+func build(root, modFile, dir, name, pkg string) (string, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", err
 	}
@@ -95,7 +101,7 @@ func build(root, dir, name, pkg string) (string, error) {
 	}
 	fmt.Fprintf(os.Stderr, "building %s (a cold build takes a few minutes)\n", pkg)
 	part := fmt.Sprintf("%s.%d", file, os.Getpid())
-	cmd := exec.Command("go", "build", "-trimpath", "-o", part, pkg)
+	cmd := exec.Command("go", "build", "-trimpath", "-modfile="+modFile, "-o", part, pkg)
 	cmd.Dir = root
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("go build %s: %w\n%s", pkg, err, out)

@@ -1,19 +1,23 @@
 package suite
 
 import (
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
 )
 
 // NewEnv builds the Go programs and makes the certificates in dir.
 func NewEnv(dir string) (*Env, error) {
 	env := &Env{Dir: dir}
 	var err error
-	if env.GoServer, err = Tool("server"); err != nil {
-		return nil, err
-	}
-	if env.GoAgent, err = Tool("agent"); err != nil {
-		return nil, err
+	for name, command := range map[string]*[]string{"server": &env.GoServer, "agent": &env.GoAgent} {
+		program, err := Tool(name)
+		if err != nil {
+			return nil, err
+		}
+		*command = []string{program}
 	}
 	if env.Konnbench, err = buildOwn(dir, "./konnbench"); err != nil {
 		return nil, err
@@ -24,4 +28,23 @@ func NewEnv(dir string) (*Env, error) {
 	}
 	env.Certs, err = NewCerts(certs)
 	return env, err
+}
+
+// OurCommand splits a command line at blanks, or finds the console script.
+func OurCommand(line, script string) ([]string, error) {
+	if argv := strings.Fields(line); len(argv) > 0 {
+		return argv, nil
+	}
+	root, err := ModuleRoot()
+	if err != nil {
+		return nil, err
+	}
+	file := filepath.Join(filepath.Dir(root), ".venv", "bin", script)
+	if _, err := os.Stat(file); err == nil {
+		return []string{file}, nil
+	}
+	if file, err = exec.LookPath(script); err == nil {
+		return []string{file}, nil
+	}
+	return nil, fmt.Errorf("no %s in ../.venv/bin or the PATH: say where with -our-server and -our-agent, or choose -pairings go/go", script)
 }

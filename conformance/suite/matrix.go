@@ -1,6 +1,7 @@
 package suite
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -51,7 +52,9 @@ func (r *Row) jobs(wanted []Pairing) []job {
 	if !r.Scripted {
 		var out []job
 		for _, p := range wanted {
-			out = append(out, job{r, p, []Pairing{p}})
+			if r.Pairings == nil || slices.Contains(r.Pairings, p) {
+				out = append(out, job{r, p, []Pairing{p}})
+			}
 		}
 		return out
 	}
@@ -74,7 +77,7 @@ func (r *Row) jobs(wanted []Pairing) []job {
 func Run(env *Env, sel Selection, progress io.Writer) *Matrix {
 	m := &Matrix{}
 	results := map[string]*RowResult{}
-	var together, alone []job
+	var light, heavy, alone []job
 	for _, r := range sel.Rows {
 		res := &RowResult{ID: r.ID, Title: r.Title, Need: r.Need, Side: r.Side.String(), Scripted: r.Scripted, Cells: map[string]Result{}, row: r}
 		m.Rows = append(m.Rows, res)
@@ -84,13 +87,19 @@ func Run(env *Env, sel Selection, progress io.Writer) *Matrix {
 			jobs = slices.DeleteFunc(jobs, func(j job) bool { return !slices.ContainsFunc(j.cells, r.binds) })
 		}
 		for range max(sel.Repeat, 1) {
-			if r.Alone {
+			switch {
+			case r.Alone:
 				alone = append(alone, jobs...)
-			} else {
-				together = append(together, jobs...)
+			case r.Heavy:
+				heavy = append(heavy, jobs...)
+			default:
+				light = append(light, jobs...)
 			}
 		}
 	}
+	// Those that wait long begin first, so that nothing is left to wait for at
+	// the end.
+	slices.SortStableFunc(light, func(a, b job) int { return cmp.Compare(b.row.Timeout, a.row.Timeout) })
 	var mu sync.Mutex
 	n := 0
 	do := func(j job) {
@@ -116,42 +125,52 @@ func Run(env *Env, sel Selection, progress io.Writer) *Matrix {
 		if j.row.Scripted {
 			who = string(j.run.Server) + " " + j.row.Side.String()
 		}
-		fmt.Fprintf(progress, "%-8s %-4s %-7s %6.2fs  %s\n", res.Status, j.row.ID, who, res.Seconds, j.row.Title)
-		for _, kind := range []struct {
-			mark  string
-			lines []string
-		}{{"!", res.Errors}, {"~", res.Differs}, {".", res.Notes}} {
-			if n := len(kind.lines); n > 12 {
-				kind.lines = append(kind.lines[:12:12], fmt.Sprintf("and %d more", n-12))
-			}
-			for _, line := range kind.lines {
-				for l := range strings.SplitSeq(line, "\n") {
-					fmt.Fprintf(progress, "         %s %s\n", kind.mark, l)
-				}
-			}
-		}
+		printCell(progress, res, j.row, who)
 	}
 	for _, phase := range []struct {
 		jobs    []job
 		workers int
-	}{{together, max(sel.Workers, 1)}, {alone, 1}} {
-		queue := make(chan job)
-		var wg sync.WaitGroup
-		for range phase.workers {
-			wg.Go(func() {
-				for j := range queue {
-					do(j)
-				}
-			})
-		}
-		for _, j := range phase.jobs {
-			queue <- j
-		}
-		close(queue)
-		wg.Wait()
+	}{{light, sel.Workers}, {heavy, min(sel.Workers, 2)}, {alone, 1}} {
+		inParallel(phase.jobs, phase.workers, do)
 	}
 	m.Ended = time.Now().UTC()
 	return m
+}
+
+// printCell reports a run.
+func printCell(w io.Writer, res Result, row *Row, who string) {
+	fmt.Fprintf(w, "%-8s %-4s %-7s %6.2fs  %s\n", res.Status, row.ID, who, res.Seconds, row.Title)
+	for _, kind := range []struct {
+		mark  string
+		lines []string
+	}{{"!", res.Errors}, {"~", res.Differs}, {".", res.Notes}} {
+		if n := len(kind.lines); n > 12 {
+			kind.lines = append(kind.lines[:12:12], fmt.Sprintf("and %d more", n-12))
+		}
+		for _, line := range kind.lines {
+			for l := range strings.SplitSeq(line, "\n") {
+				fmt.Fprintf(w, "         %s %s\n", kind.mark, l)
+			}
+		}
+	}
+}
+
+// inParallel calls do for each item, so many at once.
+func inParallel[V any](items []V, workers int, do func(V)) {
+	queue := make(chan V)
+	var wg sync.WaitGroup
+	for range max(workers, 1) {
+		wg.Go(func() {
+			for item := range queue {
+				do(item)
+			}
+		})
+	}
+	for _, item := range items {
+		queue <- item
+	}
+	close(queue)
+	wg.Wait()
 }
 
 // Print writes the table.

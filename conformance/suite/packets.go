@@ -72,5 +72,8 @@ func show(p *pb.Packet) string {
 	case pb.PacketType_DRAIN:
 		return "DRAIN"
 	}
+	if e := parseExtension(p); e != nil {
+		return e.String()
+	}
 	return fmt.Sprintf("type %d", p.Type)
 }

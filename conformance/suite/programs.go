@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -18,7 +19,8 @@ import (
 // Env is what all rows share.
 type Env struct {
 	OurServer, OurAgent []string // command lines
-	GoServer, GoAgent   string
+	GoServer, GoAgent   []string
+	Client              string // an older release of the client as a program; "": the stock client of this module
 	Konnbench           string
 	Certs               *Certs
 	Dir                 string
@@ -37,6 +39,9 @@ type Server struct {
 	Front, AgentPort, HealthPort, AdminPort int
 	UDS                                     string
 	Mode                                    string
+
+	olderMu sync.Mutex
+	older   string // address of an older client's program
 }
 
 // ServerOpts are the parts of a server's command line that rows vary.
@@ -46,21 +51,24 @@ type ServerOpts struct {
 	Strategies string
 	ID         string
 	AgentPort  int // default: a fresh one
-	Args       []string
+	// Linger is --half-close-linger of our server; "": its default, 10 s. The
+	// original has no such thing.
+	Linger string
+	Args   []string
 }
 
 func (t *T) serverCommand() []string {
 	if t.Pairing.Server == Our {
 		return append([]string{}, t.env.OurServer...)
 	}
-	return []string{t.env.GoServer}
+	return append([]string{}, t.env.GoServer...)
 }
 
 func (t *T) agentCommand() []string {
 	if t.Pairing.Agent == Our {
 		return append([]string{}, t.env.OurAgent...)
 	}
-	return []string{t.env.GoAgent}
+	return append([]string{}, t.env.GoAgent...)
 }
 
 // StartServer starts the server under test and waits until it is up.
@@ -95,6 +103,9 @@ func (t *T) StartServer(o ServerOpts) *Server {
 	}
 	if o.ID != "" {
 		argv = append(argv, "--server-id="+o.ID)
+	}
+	if o.Linger != "" && t.Pairing.Server == Our {
+		argv = append(argv, "--half-close-linger="+o.Linger)
 	}
 	argv = append(argv, o.Args...)
 	p, err := t.startProc(string(t.Pairing.Server)+"-server", argv, nil)

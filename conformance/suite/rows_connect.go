@@ -302,15 +302,14 @@ func rowConnectOld(t *T) {
 }
 
 func rowConnectClientEOF(t *T) {
-	both(t, ServerOpts{Mode: modeConnect}, func(s *Server) {
+	both(t, ServerOpts{Mode: modeConnect, Linger: "2s"}, func(s *Server) {
 		a := s.FakeAgent("a")
 		conn := s.openConnect(a, 1)
 		conn.Write([]byte("last words"))
 		conn.Close()
 		a.Want(data(1, []byte("last words")))
 		begin := time.Now()
-		// With half-close the server may linger for 10 s.
-		r, ok := a.next(12 * time.Second)
+		r, ok := a.next(patience)
 		if !ok || r.pkt.GetType() != pb.PacketType_CLOSE_REQ || r.pkt.GetCloseRequest().GetConnectID() != 1 {
 			t.Fatalf("after the client's EOF the agent was sent %v", r.pkt)
 		}
@@ -358,7 +357,7 @@ func rowConnectTargetCloses(t *T) {
 }
 
 func rowConnectGaugeTLS(t *T) {
-	s := t.StartServer(ServerOpts{Mode: modeConnect})
+	s := t.StartServer(ServerOpts{Mode: modeConnect, Linger: "1s"})
 	a := s.FakeAgent("a")
 	s.WantMetric(0, "http_connections")
 	c1, c2 := s.openConnect(a, 1), s.openConnect(a, 2)
@@ -367,20 +366,6 @@ func rowConnectGaugeTLS(t *T) {
 	t.wantEOF(c1)
 	s.WantMetric(1, "http_connections")
 	c2.Close()
-	t.Eventually(12*time.Second, func() error {
-		if n := s.Metric("http_connections"); n != 0 {
-			return fmt.Errorf("http_connections is %v", n)
-		}
-		return nil
-	})
-	t.wantTLSRefused(s.Front, &tls.Config{InsecureSkipVerify: true}, "no client certificate")
-	t.wantTLSRefused(s.Front, &tls.Config{InsecureSkipVerify: true, Certificates: []tls.Certificate{t.env.Certs.ForeignClient.TLS}}, "foreign client certificate")
-	t.wantTLSRefused(s.Front, &tls.Config{InsecureSkipVerify: true, Certificates: []tls.Certificate{t.env.Certs.Agent.TLS}}, "an agent's certificate")
-	conn := s.MustFront("h2", "http/1.1")
-	if p := conn.(*tls.Conn).ConnectionState().NegotiatedProtocol; p == "h2" {
-		t.Errorf("h2 was negotiated")
-	}
-	fmt.Fprintf(conn, "CONNECT some.host:443 HTTP/1.1\r\nHost: some.host:443\r\n\r\n")
 	// Go also asks the agent to close the connection that it has closed.
 	p := a.Next()
 	if p.Type == pb.PacketType_CLOSE_REQ && p.GetCloseRequest().GetConnectID() == 1 {
@@ -389,6 +374,16 @@ func rowConnectGaugeTLS(t *T) {
 	if p.Type != pb.PacketType_CLOSE_REQ || p.GetCloseRequest().GetConnectID() != 2 {
 		t.Errorf("received %s, want CLOSE_REQ{2}", show(p))
 	}
+	a.Send(closeRsp(2, ""))
+	s.WantMetric(0, "http_connections")
+	t.wantTLSRefused(s.Front, &tls.Config{InsecureSkipVerify: true}, "no client certificate")
+	t.wantTLSRefused(s.Front, &tls.Config{InsecureSkipVerify: true, Certificates: []tls.Certificate{t.env.Certs.ForeignClient.TLS}}, "foreign client certificate")
+	t.wantTLSRefused(s.Front, &tls.Config{InsecureSkipVerify: true, Certificates: []tls.Certificate{t.env.Certs.Agent.TLS}}, "an agent's certificate")
+	conn := s.MustFront("h2", "http/1.1")
+	if p := conn.(*tls.Conn).ConnectionState().NegotiatedProtocol; p == "h2" {
+		t.Errorf("h2 was negotiated")
+	}
+	fmt.Fprintf(conn, "CONNECT some.host:443 HTTP/1.1\r\nHost: some.host:443\r\n\r\n")
 	a.Accept(3)
 	t.wantBytes(conn, established)
 }

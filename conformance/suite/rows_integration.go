@@ -39,8 +39,8 @@ func init() {
 	i("I13", bothSides, "only agent is draining", rowAfterDrain)
 	i("I14", ServerSide, "agent dies with a live connection", rowAgentDies)
 	i("I15", bothSides, "new agent after death", rowAgentRestart)
-	register(Row{ID: "I16", Title: "100 concurrent tunnels over two agents", Need: Must, Side: bothSides, Alone: true, Run: rowConcurrentTunnels})
-	register(Row{ID: "I17", Title: "10 x 10 MiB at once, gRPC and CONNECT", Need: Must, Side: bothSides, Alone: true, Run: rowConcurrentDownloads})
+	register(Row{ID: "I16", Title: "100 concurrent tunnels over two agents", Need: Must, Side: bothSides, Heavy: true, Run: rowConcurrentTunnels})
+	register(Row{ID: "I17", Title: "10 x 10 MiB at once, gRPC and CONNECT", Need: Must, Side: bothSides, Heavy: true, Run: rowConcurrentDownloads})
 	i("I18", bothSides, "second stream of the same agent ID joins", rowSecondStream)
 	register(Row{ID: "I19", Title: "extra ALPN protocols of the agent", Need: Must, Side: AgentSide, Scripted: true, Run: rowCustomALPN})
 	i("I20", bothSides, "3 servers behind a balancer", rowHighlyAvailable)
@@ -49,6 +49,7 @@ func init() {
 	register(Row{ID: "I23", Title: "agent without server: alive, not ready", Need: Must, Side: AgentSide, Scripted: true, Run: rowAgentWithoutServer})
 	i("I24", AgentSide, "server restarts on the same port", rowServerRestart)
 	i("I25", bothSides, "raw connection: partial reads", rowPartialReads)
+	i("I27", bothSides, "dials, refusals, ends and drain as any client sees them", rowClientBasics)
 	i("I26", bothSides, "normal use counts no dial failures", rowCleanShutdown)
 }
 
@@ -604,4 +605,67 @@ func rowCleanShutdown(t *T) {
 		a.Kill()
 		s.Kill()
 	}
+}
+
+// rowClientBasics keeps to what every client of ours, old or new, can do.
+func rowClientBasics(t *T) {
+	s := t.StartServer(ServerOpts{})
+	wantError := func(address, text string) {
+		ctx, cancel := context.WithTimeout(t.Ctx, 10*time.Second)
+		defer cancel()
+		if conn, err := s.Dial(ctx, address); err == nil {
+			conn.Close()
+			t.Errorf("dial of %s succeeds, want %q", address, text)
+		} else if !strings.Contains(err.Error(), text) {
+			t.Errorf("dial of %s: %v, want %q", address, err, text)
+		}
+	}
+	echo := t.Echo()
+	wantError(echo.Addr, "No agent available")
+	a := t.StartAgent(s.AgentPort, AgentOpts{})
+	a.WaitReady()
+	t.WaitStatus(s.health("/readyz"), 200)
+	wantError(t.closedPort(), "connection refused")
+	idle := func(n float64) {
+		a.WantMetric(n, "open_endpoint_connections")
+		s.WantMetric(n, "established_connections")
+	}
+	conn := s.MustDial(echo.Addr)
+	t.Check(echoOnce(conn, "hello"), "echo")
+	idle(1)
+	conn.Close()
+	idle(0)
+	// The target ends it.
+	conn = s.MustDial(t.Target(func(c *net.TCPConn) {
+		c.Read(make([]byte, 1)) // one that speaks first is not heard by all
+		c.Write([]byte("bye"))
+	}).Addr)
+	conn.Write([]byte{1})
+	got := make(chan []byte, 1)
+	go func() {
+		b, _ := io.ReadAll(conn)
+		got <- b
+	}()
+	select {
+	case b := <-got:
+		if string(b) != "bye" {
+			t.Errorf("read %q, want the target's last words", b)
+		}
+	case <-time.After(patience):
+		t.Errorf("no EOF when the target has closed")
+	}
+	conn.Close()
+	idle(0)
+	// While the agent drains, what is open goes on.
+	conn = s.MustDial(echo.Addr)
+	a.Terminate()
+	for range 5 {
+		t.Check(echoOnce(conn, "still here"), "echo while the agent drains")
+		t.Sleep(100 * time.Millisecond)
+	}
+	a.Kill()
+	if err := readFullWithin(conn, make([]byte, 1), patience); err == nil || err.Error() == "timed out" {
+		t.Errorf("the connection does not end with its agent (%v)", err)
+	}
+	s.WantMetric(0, "established_connections")
 }

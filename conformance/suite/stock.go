@@ -64,6 +64,9 @@ func (s *Server) Dial(ctx context.Context, address string) (net.Conn, error) {
 	if s.Mode == modeConnect {
 		return s.Connect(ctx, address)
 	}
+	if s.t.env.Client != "" {
+		return s.dialOlder(ctx, address)
+	}
 	tunnel, err := s.Tunnel(s.t.Ctx)
 	if err != nil {
 		return nil, fmt.Errorf("create tunnel: %w", err)

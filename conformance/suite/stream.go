@@ -54,6 +54,9 @@ type stream struct {
 	err    error // why it ended
 	ended  chan struct{}
 	paused bool
+
+	// What the peer has sent beyond its credit, in rows of the extension.
+	overdraft int64
 }
 
 type received struct {
@@ -362,13 +365,18 @@ func (s *Server) FakeAgent(id string, identifiers ...string) *FakeAgent {
 	for _, i := range identifiers {
 		md.Append("agentidentifiers", i)
 	}
-	st, cs := s.agentStream("agent "+id, md)
+	return s.agentWith("agent "+id, md)
+}
+
+// agentWith is FakeAgent with any metadata.
+func (s *Server) agentWith(name string, md metadata.MD) *FakeAgent {
+	st, cs := s.agentStream(name, md)
 	header, err := cs.Header()
 	s.t.Check(err, "headers of the Connect stream")
 	if len(header.Get("serverid")) != 1 {
 		go st.readLoop()
 		Within(s.t, st.ended, patience)
-		s.t.Fatalf("agent %s was not taken: headers %v, %s", id, header, st.endText())
+		s.t.Fatalf("%s was not taken: headers %v, %s", name, header, st.endText())
 	}
 	go st.readLoop()
 	// The server announces itself just before it adds the backend.

@@ -68,6 +68,10 @@ type Row struct {
 	// each make of the program under test fills the cells of both its
 	// pairings.
 	Scripted bool
+	// Pairings that the row is about; nil: all.
+	Pairings []Pairing
+	// Heavy rows need a core: they run two at once, after the light ones.
+	Heavy bool
 	// Alone keeps other rows from running at the same time, for what measures
 	// time or needs both cores.
 	Alone   bool

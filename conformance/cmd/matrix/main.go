@@ -8,7 +8,6 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"os/exec"
 	"path"
 	"path/filepath"
 	"slices"
@@ -31,7 +30,7 @@ func run() error {
 	all := flag.Bool("all", false, "run every row, also those that do not decide")
 	pairings := flag.String("pairings", "", "comma list of pairings SERVER/AGENT (default: our/our,our/go,go/our,go/go)")
 	binding := flag.Bool("binding", false, "leave out what cannot fail for us: the Go programs' own results")
-	workers := flag.Int("workers", 2, "rows at once")
+	workers := flag.Int("workers", 5, "rows at once, most of which wait; heavy ones run two at once")
 	repeat := flag.Int("repeat", 1, "run each row so many times; the worst result counts")
 	jsonFile := flag.String("json", "", "write the matrix to this file")
 	ourServer := flag.String("our-server", os.Getenv("CONFORMANCE_OUR_SERVER"), "command line of our server (default: proxy-server of ../.venv/bin; env CONFORMANCE_OUR_SERVER)")
@@ -119,10 +118,10 @@ func run() error {
 	}
 	env.Verbose = *verbose
 	if slices.ContainsFunc(sel.Pairings, func(p suite.Pairing) bool { return p.Server == suite.Our || p.Agent == suite.Our }) {
-		if env.OurServer, err = ourCommand(*ourServer, "proxy-server"); err != nil {
+		if env.OurServer, err = suite.OurCommand(*ourServer, "proxy-server"); err != nil {
 			return err
 		}
-		if env.OurAgent, err = ourCommand(*ourAgent, "proxy-agent"); err != nil {
+		if env.OurAgent, err = suite.OurCommand(*ourAgent, "proxy-agent"); err != nil {
 			return err
 		}
 	}
@@ -161,23 +160,4 @@ func readGate(file string) ([]string, error) {
 		return nil, fmt.Errorf("%s: %w", file, err)
 	}
 	return gate, nil
-}
-
-// ourCommand splits a command line at blanks, or finds the console script.
-func ourCommand(line, script string) ([]string, error) {
-	if argv := strings.Fields(line); len(argv) > 0 {
-		return argv, nil
-	}
-	root, err := suite.ModuleRoot()
-	if err != nil {
-		return nil, err
-	}
-	file := filepath.Join(filepath.Dir(root), ".venv", "bin", script)
-	if _, err := os.Stat(file); err == nil {
-		return []string{file}, nil
-	}
-	if file, err = exec.LookPath(script); err == nil {
-		return []string{file}, nil
-	}
-	return nil, fmt.Errorf("no %s in ../.venv/bin or the PATH: say where with -our-server and -our-agent, or choose -pairings go/go", script)
 }
