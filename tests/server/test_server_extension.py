@@ -460,7 +460,11 @@ async def test_the_agent_goes(autojump_clock: MockClock) -> None:
         await server.connect(client, agent)
         client.send(*pieces(1, 20))
         await settle()
+        agent.received.clear()
+        other = await server.client()
+        await server.connect(other, agent, 2, 2)
         agent.hang_up()
-        await client.expect(CloseResponse("", 1))
+        await client.expect(Reset(1, "the connection to the agent was lost"))
+        await other.expect(CloseResponse("", 2))
         await settle()
         assert not server.state.budget.used

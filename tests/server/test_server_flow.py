@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
@@ -472,6 +473,7 @@ async def test_connect_agent_goes_while_the_client_waits(autojump_clock: MockClo
             nursery.start_soon(send)
             await settle()
             agent.hang_up()
-            with trio.fail_after(15):
+            with trio.fail_after(15), contextlib.suppress(trio.BrokenResourceError):
+                # Not as if the service had ended in order, where the socket can tell that.
                 assert await client.receive_some() == b""
             await client.aclose()

@@ -103,6 +103,7 @@ async def test_connect_clients_count_as_well() -> None:
         assert isinstance(dial, DialRequest)
         agent.send(dial_ok(1, dial.random))
         agent.send(Data(1, data=b"hello"))
+        assert (await stream.receive_some()).startswith(b"HTTP/1.1 200 ")
         await settle()
         (one,) = ask(world)[1]["connections"]
         assert one["destination"] == "target:443"

@@ -24,23 +24,54 @@ class _GoCommand(click.Command):
         ctx.exit(module.main(ctx.args))
 
 
+# Command -> module, where it is called as the module is but for dashes. Imported when asked for: the
+# proxies' images have no need of them, and one need not wait for all of them to run one.
+_COMMANDS = {
+    name: name.replace("-", "_")
+    for name in ("completion", "demo", "dial", "forward", "http-proxy", "socks", "status")
+}
+
+
 class _Programs(click.Group):
-    """Imports the demo when it is asked for: the proxies' images have no need of it."""
+    """Imports commands when they are asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), "demo"])
+        return sorted([*super().list_commands(ctx), *_COMMANDS])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name == "demo":
-            command: click.Command = importlib.import_module("clusterproxy.cli.demo").demo
-            return command
-        return super().get_command(ctx, cmd_name)
+        name = _COMMANDS.get(cmd_name)
+        if name is None:
+            return super().get_command(ctx, cmd_name)
+        command: click.Command = getattr(importlib.import_module(f"clusterproxy.cli.{name}"), name)
+        return command
 
 
-@click.group(cls=_Programs)
+@click.group(
+    cls=_Programs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\b
+First steps:
+  clusterproxy demo                          see it at work on this machine
+  export CLUSTERPROXY_SERVER=hub:8090 CLUSTERPROXY_CA_CERT=ca.crt
+  export CLUSTERPROXY_CERT=client.crt CLUSTERPROXY_KEY=client.key
+  clusterproxy forward cluster1:443 --listen 8443
+  clusterproxy COMMAND --help                options and examples
+
+\b
+Instead of the environment, a config file ~/.config/clusterproxy/config.toml:
+  current-context = "hub"
+  [contexts.hub]
+  server = "hub:8090"
+  ca-cert = "ca.crt"
+  cert = "client.crt"
+  key = "client.key\"""",
+)
 @click.version_option(__version__, prog_name="clusterproxy")
 def main() -> None:
-    """Open Cluster Management's Cluster Proxy: konnectivity proxy server and agent."""
+    """Open Cluster Management's Cluster Proxy: services behind agents, reached through a server.
+
+    The programs are server and agent; the other commands are for people.
+    """
 
 
 main.add_command(_GoCommand("server", "The proxy server, as proxy-server."))

@@ -73,6 +73,7 @@ class Backend:
         self.identifiers = _identifiers(call)
         #: Whether the agent knows credit, half-close and reset (docs/protocol-extensions.md).
         self.extended = accepted(call.metadata)
+        self.started = trio.current_time()
         self.draining = False
         self.connections: dict[int, Connection] = {}
         self.dials: dict[int, PendingDial] = {}
@@ -140,7 +141,7 @@ class Backend:
             # Telling one client may end its stream, and with it others of these connections.
             if self._remove(connection):
                 connection.drop_to_agent()
-                connection.closed_by_agent("")
+                connection.agent_lost()
         for connect_id in list(self._leaving):
             self._forget_leaving(connect_id)
         _log.info(

@@ -37,6 +37,7 @@ _log = logging.getLogger("clusterproxy.server")
 
 NO_AGENT: Final = "No agent available"
 DIAL_TIMED_OUT: Final = "timed out waiting for backend dial"
+AGENT_LOST: Final = "the connection to the agent was lost"
 SATURATED: Final = "too many dials wait for the agent"
 
 # A host name has at most 255 bytes; what is much longer only costs the agent's shared stream.
@@ -186,6 +187,7 @@ class Connection(ABC):
         "_allowance",
         "_client_ended",
         "_state",
+        "address",
         "backend",
         "closing",
         "connect_id",
@@ -200,6 +202,7 @@ class Connection(ABC):
     ) -> None:
         self._state = state
         self.backend = dial.backend
+        self.address = dial.address
         self.connect_id = connect_id
         self.closing = False
         self.started = trio.current_time()
@@ -348,7 +351,7 @@ class Connection(ABC):
 
     @abstractmethod
     def closed_by_agent(self, error: str) -> None:
-        """The agent has closed it, or its stream has ended; what it sent is delivered first."""
+        """The agent has closed it; what it sent is delivered first."""
 
     @abstractmethod
     def broken_by_agent(self, reason: str) -> None:
@@ -357,6 +360,10 @@ class Connection(ABC):
     @abstractmethod
     def give_up(self) -> None:
         """The client makes no progress: end the connection on its side, with the reason."""
+
+    def agent_lost(self) -> None:
+        """The agent's stream has ended, and the connection with it."""
+        self.broken_by_agent(AGENT_LOST)
 
     def note_queue(self) -> None:
         """Look at the client's queue after something was put in or taken out."""

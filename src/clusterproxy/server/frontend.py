@@ -33,6 +33,7 @@ from clusterproxy_proto import (
 )
 
 from .connection import (
+    AGENT_LOST,
     DIAL_TIMED_OUT,
     MAX_ADDRESS,
     MAX_PROTOCOL,
@@ -448,6 +449,13 @@ class FrontendConnection(Connection):
 
     def broken_by_agent(self, reason: str) -> None:
         self._frontend.break_connection(self, reason)
+
+    def agent_lost(self) -> None:
+        if self._frontend.extended:
+            self._frontend.break_connection(self, AGENT_LOST)
+        else:
+            # In upstream's words, which are none.
+            self._frontend.close_connection(self, "")
 
     def give_up(self) -> None:
         self.drop_to_client()

@@ -80,7 +80,12 @@ def snapshot(state: ServerState, *, top: int | None = None) -> dict[str, Any]:
 
 def _weight(connection: Connection) -> tuple[int, int]:
     waiting = connection.to_agent.queued + connection.guard.queued
-    return waiting, connection.to_agent.taken + connection.guard.taken
+    return waiting, connection.to_agent.taken + _to_client(connection)
+
+
+def _to_client(connection: Connection) -> int:
+    # What a CONNECT client's kernel has not taken yet is counted off, of Unix sockets more than was sent.
+    return max(0, connection.guard.taken)
 
 
 def _agent(backend: Backend) -> dict[str, Any]:
@@ -89,13 +94,13 @@ def _agent(backend: Backend) -> dict[str, Any]:
     return {
         "id": backend.agent_id,
         "identifiers": [*identifiers.hosts, *(["default-route"] * identifiers.default_route)],
-        "age_s": trio.current_time() - getattr(backend, "started", trio.current_time()),
+        "age_s": trio.current_time() - backend.started,
         "draining": backend.draining,
         "extended": backend.extended,
         "connections": len(connections),
         "pending_dials": len(backend.dials),
         "bytes_to_agent": sum(one.to_agent.taken for one in connections),
-        "bytes_to_client": sum(one.guard.taken for one in connections),
+        "bytes_to_client": sum(map(_to_client, connections)),
         "queued_to_agent": sum(one.to_agent.queued for one in connections),
         "queued_to_client": sum(one.guard.queued for one in connections),
     }
@@ -105,10 +110,10 @@ def _connection(connection: Connection) -> dict[str, Any]:
     return {
         "agent": connection.backend.agent_id,
         "id": connection.connect_id,
-        "destination": getattr(connection, "address", ""),
+        "destination": connection.address,
         "age_s": trio.current_time() - connection.started,
         "bytes_to_agent": connection.to_agent.taken,
-        "bytes_to_client": connection.guard.taken,
+        "bytes_to_client": _to_client(connection),
         "queued_to_agent": connection.to_agent.queued,
         "queued_to_client": connection.guard.queued,
         "over_budget": connection.guard.over,

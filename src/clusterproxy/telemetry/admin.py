@@ -44,9 +44,14 @@ def server_health_handler(metrics: ServerMetrics, ready: Readiness) -> Route:
     )
 
 
-def server_admin_handler(metrics: ServerMetrics, *, enable_profiling: bool) -> Route:
-    """Return the server's admin port: metrics, and the profiling pages if enabled."""
-    return _router({"/metrics": _metrics_route(metrics)}, enable_profiling=enable_profiling)
+def server_admin_handler(
+    metrics: ServerMetrics, *, enable_profiling: bool, status: Route | None = None
+) -> Route:
+    """Return the server's admin port: metrics, its *status* in JSON, and the profiling pages if enabled."""
+    routes = {"/metrics": _metrics_route(metrics)}
+    if status is not None:
+        routes["/status"] = status
+    return _router(routes, enable_profiling=enable_profiling)
 
 
 def agent_health_handler(metrics: AgentMetrics, connected: Callable[[], bool]) -> Route:

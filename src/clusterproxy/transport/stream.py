@@ -93,6 +93,10 @@ def tune(sock: socket.socket, *, user_timeout: bool) -> None:
 class Transport:
     """One connected socket. It has one reader; writes are synchronous.
 
+    Attributes:
+      close_notified: whether the peer has ended its side by TLS' own means; an end without it may be
+        somebody's who cut the connection (RFC 8446 §6.1).
+
     Args:
       sock: connected and non-blocking; the transport owns it from now on.
       context: with it the transport speaks TLS, see :meth:`handshake`.
@@ -111,6 +115,7 @@ class Transport:
         "_plain",
         "_slice",
         "_unsent",
+        "close_notified",
         "sock",
         "tls",
     )
@@ -128,6 +133,7 @@ class Transport:
         self._unsent: bytes | memoryview = b""
         self._closed = False
         self._eof = False
+        self.close_notified = False
         self._error = ""
         self._more = False
         self._cipher = _buffers.cipher
@@ -265,13 +271,13 @@ class Transport:
                 while bio.pending or tls.pending():
                     count = cast("int", tls.read(_RECORD, plain[filled:]))
                     if not count:
-                        self._eof = True
+                        self._eof = self.close_notified = True
                         break
                     filled += count
             except ssl.SSLWantReadError:
                 pass
             except ssl.SSLZeroReturnError:
-                self._eof = True
+                self._eof = self.close_notified = True
             except ssl.SSLError as error:
                 # What came before the broken record still counts.
                 self._eof = True
