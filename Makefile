@@ -40,7 +40,8 @@ coverage: $(READY)
 
 conformance: $(READY) go-is-here
 	@mkdir -p build
-	cd conformance && $(GO) run ./cmd/matrix -json ../build/conformance.json
+	cd conformance && $(GO) run ./cmd/matrix -binding -json ../build/conformance.json
+	cd conformance && $(GO) run ./cmd/skew
 
 check: $(READY) ## ruff, mypy --strict, pyright
 	$(BIN)/ruff check

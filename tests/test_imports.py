@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -30,13 +32,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "clusterproxy.cli": PROGRAM
     | {"clusterproxy.server", "clusterproxy.agent", "clusterproxy.client"},
     "clusterproxy.__main__": {"clusterproxy.cli"},
+    # Names of the client library, which are loaded when they are used.
+    "clusterproxy": {"clusterproxy.client"},
 }
 NOT_SANS_IO = {
     "asyncio", "click", "datetime", "h11", "h2", "hyperframe", "logging", "multiprocessing", "os", "pathlib",
     "prometheus_client", "random", "secrets", "select", "selectors", "signal", "socket", "ssl", "structlog",
     "subprocess", "tempfile", "threading", "time", "trio", "uuid",
 }  # fmt: skip
-ONE_MODULE_ONLY = ({"h2", "hyperframe"}, {"prometheus_client"})
+ONE_MODULE_ONLY = (
+    {"h2", "hyperframe"},
+    {"prometheus_client"},
+    # Optional: who does not use the adapter need not have it.
+    {"httpcore", "httpx"},
+    {"anyio"},
+)
 
 
 def name_of(path: Path) -> str:
@@ -102,3 +112,16 @@ def test_one_module_holds_a_foreign_library(distributions: set[str]) -> None:
         if {name.partition(".")[0] for name in imports_of(path)} & distributions
     ]
     assert len(importers) <= 1, importers
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import clusterproxy", "trio"),
+        ("from clusterproxy import DialError", "trio"),
+        ("from clusterproxy import open_tunnel", "httpcore, httpx, anyio, click, rich"),
+    ],
+)
+def test_what_is_not_loaded(statement: str, absent: str) -> None:
+    code = f"{statement}; import sys; assert not {{*{absent.split(', ')}}} & sys.modules.keys()"
+    subprocess.run((sys.executable, "-c", code), check=True, timeout=60)

@@ -36,13 +36,119 @@ class DialFailure(StrEnum):
     UNKNOWN = "unknown"
 
 
-class DialError(ClusterProxyError):
-    """A service could not be reached. ``message`` is what the client reads in its DIAL_RSP."""
+class DialReason(StrEnum):
+    """Why a dial failed, in the Go client's words: the label of its metric
+    (konnectivity-client/pkg/client/metrics/metrics.go, ``DialFailureReason``)."""
 
-    def __init__(self, reason: DialFailure, message: str) -> None:
+    ENDPOINT = "endpoint"
+    TIMEOUT = "timeout"
+    CONTEXT = "context"
+    DIAL_CLOSED = "dialclosed"
+    TUNNEL_CLOSED = "tunnelclosed"
+    TUNNEL_STARTED = "tunnelstarted"
+    STREAM_SETUP = "streamsetup"
+    UNKNOWN = "unknown"
+
+
+class Hop(StrEnum):
+    """Where on the way to a service something failed."""
+
+    CLIENT = "client"
+    SERVER = "server"
+    AGENT = "agent"
+    SERVICE = "service"
+
+
+class DialCause(StrEnum):
+    """What a dial failed of."""
+
+    NO_AGENT = "no_agent"
+    DNS = "dns"
+    REFUSED = "refused"
+    UNREACHABLE = "unreachable"
+    TIMEOUT = "timeout"
+    POLICY = "policy"
+    CLOSED = "closed"
+    OTHER = "other"
+
+
+class DialError(ClusterProxyError):
+    """A service was not reached through the tunnel.
+
+    Attributes:
+      reason: the Go client's word for it.
+      hop: where it failed.
+      cause: what it failed of.
+      address: what was dialled.
+      message: the text of the server or the agent, or ours.
+      advice: what to do about it, may be empty.
+    """
+
+    def __init__(
+        self,
+        reason: DialReason,
+        message: str,
+        *,
+        hop: Hop = Hop.CLIENT,
+        cause: DialCause = DialCause.OTHER,
+        address: str = "",
+        advice: str = "",
+    ) -> None:
         super().__init__(message)
         self.reason = reason
+        self.hop = hop
+        self.cause = cause
+        self.address = address
         self.message = message
+        self.advice = advice
+
+    def __str__(self) -> str:
+        where = f"{self.address}: " if self.address else ""
+        advice = f" ({self.advice})" if self.advice else ""
+        return f"{where}failed at the {self.hop}: {self.message}{advice}"
+
+
+class ConnectCause(StrEnum):
+    """Why a proxy server cannot be used."""
+
+    DNS = "dns"
+    REFUSED = "refused"
+    UNREACHABLE = "unreachable"
+    TIMEOUT = "timeout"
+    SOCKET = "socket"
+    CA = "ca"
+    EXPIRED = "expired"
+    NAME = "name"
+    CLIENT_CERTIFICATE = "client_certificate"
+    TLS = "tls"
+    HTTP2 = "http2"
+    CLOSED = "closed"
+    OTHER = "other"
+
+
+class ConnectError(ClusterProxyError):
+    """The proxy server itself cannot be used.
+
+    Attributes:
+      server: which, as text.
+      cause: why.
+      hop: always the server.
+      message: what went wrong.
+      advice: what to do about it, may be empty.
+    """
+
+    hop = Hop.SERVER
+
+    def __init__(self, server: str, cause: ConnectCause, message: str, advice: str = "") -> None:
+        super().__init__(message)
+        self.server = server
+        self.cause = cause
+        self.message = message
+        self.advice = advice
+
+    def __str__(self) -> str:
+        advice = f" ({self.advice})" if self.advice else ""
+        return f"proxy server {self.server}: {self.message}{advice}"
 
 
 class ConfigError(ClusterProxyError):

@@ -242,7 +242,7 @@ async def test_connect_mode(
         # The target ends while the client still sends: it gets an orderly end.
         agent.send(Data(1, data=b"bye"), CloseResponse("", 1))
         transport.send([b"more"])
-        await agent.next()
+        await agent.expect_nothing_more()
         assert bytes(await transport.receive()) == b"bye"
         assert not await transport.receive()
         transport.close()

@@ -42,6 +42,9 @@ _log = logging.getLogger("clusterproxy.agent")
 # How long a service may take what was sent before the close, if it makes no progress.
 _LINGER_S: Final = 10.0
 
+# How often the kernel is asked whether a service is still there that is not read.
+_GONE_S: Final = 5.0
+
 _MAX_DATAGRAM: Final = 65_535
 
 
@@ -130,7 +133,12 @@ class Endpoint(ABC):
     async def _wait_for_room(self) -> None:
         while self.to_server.queued or (self._allowance is not None and self._allowance.exhausted):
             self._room = trio.Event()
-            await self._room.wait()
+            with trio.move_on_after(_GONE_S):
+                await self._room.wait()
+            self._check_service()
+
+    def _check_service(self) -> None:  # noqa: B027  a datagram has nobody
+        """Raise trio.BrokenResourceError if the service has gone: nobody reads its socket now."""
 
     def _drained_to_server(self, _size: int) -> None:
         if not self.to_server.queued:
@@ -223,7 +231,13 @@ class StreamEndpoint(Endpoint):
         self._service_ended = True
         if self._window is not None and not self._server_ended:
             self._send_last(HalfClose(self.connect_id))
-            await trio.sleep_forever()
+            while True:
+                await trio.sleep(_GONE_S)
+                self._check_service()
+
+    def _check_service(self) -> None:
+        if self._transport.gone:
+            raise trio.BrokenResourceError("the service has gone")
 
     def _send(self, reader: PacketReader, received: int) -> None:
         stream, sent = self._call.stream, self._state.data_packets.to_server

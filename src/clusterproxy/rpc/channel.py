@@ -35,6 +35,7 @@ class ClientCall(Call):
     Attributes:
       initial_metadata: what the server sent with its response, once :meth:`response` returned.
       status, message, trailers: how the call ended, once it is closed.
+      refused: whether it ended without the server having looked at it (RFC 9113 §8.7).
     """
 
     def __init__(self, connection: Http2Connection) -> None:
@@ -43,6 +44,7 @@ class ClientCall(Call):
         self.trailers: Metadata = {}
         self.status = Status.UNKNOWN
         self.message = ""
+        self.refused = False
         self._responded = False
         self._settled = trio.Event()
         self.ended = trio.Event()
@@ -129,6 +131,7 @@ class ClientCall(Call):
             self._on_answered(Status.INTERNAL, "server closed the stream without sending trailers")
 
     def on_reset(self, code: int, reason: str) -> None:
+        self.refused = code == ErrorCode.REFUSED_STREAM
         # A lost connection is UNAVAILABLE; a reset says itself what it means.
         self._finish(Status.UNAVAILABLE if self.connection.lost else status_from_h2(code), reason)
 

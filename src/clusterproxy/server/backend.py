@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("clusterproxy.server")
 
-# Connections that the agent was asked to close and that it has not confirmed yet.
+# Connections that the agent was asked to close and that it has not confirmed yet, and those that were reset.
 _CLOSING_LIMIT: Final = 10_000
 
 # Dials that wait for an agent: in all, and in bytes that do not get to it.
@@ -78,6 +78,7 @@ class Backend:
         self.connections: dict[int, Connection] = {}
         self.dials: dict[int, PendingDial] = {}
         self._closing: dict[int, None] = {}
+        self._reset: dict[int, None] = {}
         # Without a client any more, but with something that waits for the agent's credit.
         self._leaving: dict[int, Connection] = {}
         self._rejected = False
@@ -160,6 +161,7 @@ class Backend:
         if self.connections.get(connection.connect_id) is not connection:
             return False
         del self.connections[connection.connect_id]
+        connection.closing = True
         _log.debug("connection closed", extra=connection.log_fields)
         connection.guard.close()
         metrics = self._state.metrics
@@ -186,7 +188,7 @@ class Backend:
         while taken != connection.to_agent.taken:
             taken = connection.to_agent.taken
             await trio.sleep(self._state.config.stall_timeout_s)
-        if connection.connect_id in self._leaving:
+        if self._leaving.get(connection.connect_id) is connection:
             connection.drop_to_agent()
             self.drained(connection)
             self.send(
@@ -199,10 +201,14 @@ class Backend:
         self._state.count_packet("to_agent", PacketType(packet.type).name)
         self.call.send(encode(packet))
 
+    def reset(self, connection: Connection, reason: str) -> None:
+        """Break a connection off; what the agent still sends is dropped."""
+        if self._remove(connection):
+            self.send(Reset(connection.connect_id, reason[:_MAX_REASON]))
+            _remember(self._reset, connection.connect_id)
+
     def _expect_close(self, connect_id: int) -> None:
-        self._closing[connect_id] = None
-        if len(self._closing) > _CLOSING_LIMIT:
-            del self._closing[next(iter(self._closing))]
+        _remember(self._closing, connect_id)
 
     # -- packets -----------------------------------------------------------------------------------
 
@@ -215,7 +221,7 @@ class Backend:
         connect_id, payload = found
         connection = self.connections.get(connect_id)
         if connection is None:
-            self._on_unknown(connect_id)
+            self._on_unknown(connect_id, size)
         else:
             self._pass_on(connection, size, size, head, rest, PREFIX_SIZE + payload)
 
@@ -225,7 +231,7 @@ class Backend:
         while start < end and not self.call.closed:
             found = canonical_data(view, start + PREFIX_SIZE, size - PREFIX_SIZE)
             connection = None if found is None else self.connections.get(found[0])
-            if found is None or connection is None:
+            if found is None or connection is None or connection.agent_ended:
                 self._receive(size, view[start : start + size], ())
                 start += size
                 continue
@@ -246,11 +252,10 @@ class Backend:
         self._reject("overdraft", "more DATA than was granted")
         self._break(connection, "more DATA than was granted")
         self.send(Reset(connection.connect_id, "more DATA than was granted"))
-        self._expect_close(connection.connect_id)
+        _remember(self._reset, connection.connect_id)
 
     def _break(self, connection: Connection, reason: str) -> None:
         if self._remove(connection):
-            connection.closing = True
             connection.drop_to_agent()
             connection.broken_by_agent(reason)
 
@@ -279,7 +284,8 @@ class Backend:
                 self._on_credit(packet.payload)
             case HalfClose() if self.extended:
                 connection = self.connections.get(packet.payload.connect_id)
-                if connection is not None:
+                if connection is not None and not connection.agent_ended:
+                    connection.agent_ended = True
                     connection.ended_by_agent()
             case Reset() if self.extended:
                 self._on_reset(packet.payload)
@@ -301,7 +307,7 @@ class Backend:
         connection = self.connections.get(data.connect_id)
         if connection is None:
             if data.connect_id:
-                self._on_unknown(data.connect_id)
+                self._on_unknown(data.connect_id, size)
             return
         message, payload = data_message(data.connect_id, data.data)
         self._pass_on(connection, size, len(message), message, (), payload)
@@ -316,15 +322,22 @@ class Backend:
         payload: int,
     ) -> None:
         window = connection.window
-        if window is None or window.receive(received):
+        if connection.agent_ended:
+            self._reject("after_half_close", "DATA behind a HALF_CLOSE")
+        elif window is None or window.receive(received):
             connection.from_agent(size, head, rest, payload)
             if window is not None:
                 connection.grant(window)
         else:
             self._on_overdraft(connection)
 
-    def _on_unknown(self, connect_id: int) -> None:
-        if connect_id in self._closing:
+    def _on_unknown(self, connect_id: int, size: int) -> None:
+        leaving = self._leaving.get(connect_id)
+        if leaving is not None and leaving.window is not None:
+            # Nobody wants it any more, but a service that is stuck with it might read no further.
+            leaving.window.receive(size)
+            leaving.grant(leaving.window)
+        if connect_id in self._closing or connect_id in self._reset:
             return
         self._state.reject("from_agent", "unknown_connection")
         self._ask_to_close(connect_id)
@@ -343,7 +356,12 @@ class Backend:
                 self._ask_to_close(response.connect_id)
             return
         dial.remove()
-        if response.error or response.connect_id <= 0 or response.connect_id in self.connections:
+        if (
+            response.error
+            or response.connect_id <= 0
+            or response.connect_id in self.connections
+            or response.connect_id in self._leaving
+        ):
             self._state.count_dial_failure("error_response")
             dial.client.refused(
                 dial, response.error or "agent answered without a new connection ID"
@@ -381,6 +399,7 @@ class Backend:
         self._forget_leaving(response.connect_id)
         connection = self.connections.get(response.connect_id)
         if connection is not None and self._remove(connection):
+            connection.drop_to_agent()
             connection.closed_by_agent(response.error)
 
     def _on_close_dial(self, closed: CloseDial) -> None:
@@ -393,6 +412,12 @@ class Backend:
 
 _TYPES: Final = frozenset(int(kind) for kind in PacketType)
 _UPSTREAM: Final = frozenset(kind for kind in _TYPES if kind < PacketType.CREDIT)
+
+
+def _remember(table: dict[int, None], connect_id: int) -> None:
+    table[connect_id] = None
+    if len(table) > _CLOSING_LIMIT:
+        del table[next(iter(table))]
 
 
 def _name(packet_type: int) -> str:

@@ -23,7 +23,6 @@ from clusterproxy_proto import (
     Packet,
     PacketType,
     Payload,
-    Reset,
     encode,
 )
 
@@ -180,6 +179,7 @@ class Connection(ABC):
 
     Attributes:
       closing: the agent was asked to close, or has closed.
+      agent_ended: the service will send no more.
     """
 
     __slots__ = (
@@ -188,6 +188,7 @@ class Connection(ABC):
         "_client_ended",
         "_state",
         "address",
+        "agent_ended",
         "backend",
         "closing",
         "connect_id",
@@ -206,7 +207,7 @@ class Connection(ABC):
         self.connect_id = connect_id
         self.closing = False
         self.started = trio.current_time()
-        self._client_ended = False
+        self._client_ended = self.agent_ended = False
         self.to_agent = Flow(self._drained_to_agent)
         self._agent_stream = stream = dial.backend.call.stream
         if dial.backend.extended:
@@ -235,7 +236,7 @@ class Connection(ABC):
     def forward_to_agent(self, size: int, head: Buffer, rest: tuple[Buffer, ...]) -> None:
         """Pass on a DATA message as it is; the client's source is held for what must wait."""
         self._state.data_packets.to_agent.value += 1
-        if self._client_ended:
+        if self._client_ended or self.closing:
             return
         before = self.to_agent.queued
         self._agent_stream.send(self.to_agent, size, head, rest)
@@ -313,9 +314,7 @@ class Connection(ABC):
             return
         self.drop_to_agent()
         if self.backend.extended:
-            self.closing = True
-            self.backend.send(Reset(self.connect_id, reason))
-            self.backend.disown(self)
+            self.backend.reset(self, reason)
         else:
             self.leave()
 
@@ -376,8 +375,9 @@ class Connection(ABC):
 
     def grant(self, window: Window) -> None:
         """Let the agent send on what its client has taken, if it is worth a packet."""
-        if self.closing:
+        if self.closing and not self.to_agent.queued:
             return
+        # What is still on its way to the agent may need that it is not stuck with what it sends.
         size = window.grant(self.guard.queued, self._state.budget.limit)
         if size:
             self.backend.send(Credit(self.connect_id, size))

@@ -260,8 +260,14 @@ class Frontend(Client):
 
     def _on_close_dial(self, number: int) -> None:
         dial = self._dials.pop(number, None)
-        if dial is not None and dial.remove():
-            self._state.count_dial_failure("frontend_close")
+        if dial is None or not dial.pending:
+            return
+        self._state.count_dial_failure("frontend_close")
+        if dial.backend.extended:
+            dial.abandon()
+        else:
+            # As upstream: a Go agent ignores what it is told.
+            dial.remove()
 
     # -- Client ------------------------------------------------------------------------------------
 
@@ -426,10 +432,13 @@ class FrontendConnection(Connection):
         flow, call = self.to_client, self._frontend.call
         if not flow.held:
             call.send_behind(flow, message)
+            if flow.queued:
+                self.note_queue()
             return
         if self._frontend.shield is not None:
             self._frontend.shield.before_data(flow)
         call.forward(flow, PREFIX_SIZE + len(message), prefix(len(message)) + message)
+        self.note_queue()
 
     def _drained_to_client(self, _size: int) -> None:
         self.note_queue()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import select
 import socket
 import ssl
 import sys
@@ -107,6 +108,7 @@ class Transport:
         "_cipher",
         "_closed",
         "_eof",
+        "_eof_sent",
         "_error",
         "_in",
         "_last",
@@ -134,6 +136,7 @@ class Transport:
         self._closed = False
         self._eof = False
         self.close_notified = False
+        self._eof_sent = False
         self._error = ""
         self._more = False
         self._cipher = _buffers.cipher
@@ -167,11 +170,23 @@ class Transport:
 
     @property
     def gone(self) -> bool:
-        """Whether the kernel knows that the peer has reset the connection, or vanished."""
+        """Whether the kernel knows that the peer has reset the connection, or vanished.
+
+        For those who do not read it now, and may not for long.
+        """
         try:
-            return self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == _TCP_CLOSE
-        except OSError:
-            return False  # no TCP
+            if self.sock.family == socket.AF_UNIX:
+                # Also if both sides have shut down, so it says nothing once we have.
+                poll = select.poll()
+                poll.register(self.sock, 0)
+                return not self._eof_sent and bool(poll.poll(0))
+            state = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+            # Closed in order, from both sides, there is no error.
+            return state == _TCP_CLOSE and bool(
+                self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            )
+        except (OSError, ValueError):
+            return False
 
     @property
     def closed(self) -> bool:
@@ -436,6 +451,7 @@ class Transport:
 
     def send_eof(self) -> None:
         """Send FIN (and a TLS closure alert before it); no more may be sent. Ignores a dead peer."""
+        self._eof_sent = True
         with suppress(OSError, ssl.SSLError, trio.BrokenResourceError, trio.ClosedResourceError):
             if self.tls is not None:
                 with suppress(ssl.SSLError):
