@@ -17,7 +17,7 @@ from .connection_options import (
     service_address,
 )
 from .listening import LOOPBACK, ListenAddress
-from .tunnels import Service, dial, run, serve_locally
+from .tunnels import Service, run, serve_locally, tell_broken
 
 if TYPE_CHECKING:
     import trio
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 async def _forward(target: str, tunnel: Tunnel, stream: trio.SocketStream) -> None:
     try:
-        remote = await dial(tunnel, target)
+        remote = await tunnel.dial(target)
     except DialError:
         # An end in order would look like an answer of the service.
         reset_socket(stream)
         raise
-    await forward_stream(stream, remote)
+    await forward_stream(stream, remote, on_broken=tell_broken)
 
 
 def _plan(targets: tuple[str, ...], listen: tuple[ListenAddress, ...]) -> list[Service]:

@@ -12,7 +12,7 @@ from clusterproxy.errors import DialError
 
 from .connection_options import ConnectionOptions, connection_options, server_access
 from .listening import ListenAddress
-from .tunnels import Service, dial, run, serve_locally
+from .tunnels import Service, run, serve_locally, tell_broken
 
 if TYPE_CHECKING:
     import trio
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 async def _serve(tunnel: Tunnel, stream: trio.SocketStream) -> None:
     async def dial_and_tell(address: str) -> TunnelStream:
         try:
-            return await dial(tunnel, address)
+            return await tunnel.dial(address)
         except DialError as error:
             click.echo(str(error), err=True)
             raise
 
-    await serve_http_proxy(stream, dial_and_tell)
+    await serve_http_proxy(stream, dial_and_tell, on_broken=tell_broken)
 
 
 @click.command(

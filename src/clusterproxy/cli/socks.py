@@ -14,7 +14,7 @@ from clusterproxy.errors import DialError
 
 from .connection_options import ConnectionOptions, connection_options, server_access
 from .listening import ListenAddress
-from .tunnels import Service, dial, run, serve_locally
+from .tunnels import Service, run, serve_locally, tell_broken
 
 if TYPE_CHECKING:
     from clusterproxy.client import Tunnel
@@ -29,13 +29,13 @@ async def _serve(tunnel: Tunnel, stream: trio.SocketStream) -> None:
     if request is None:
         return
     try:
-        remote = await dial(tunnel, request.address)
+        remote = await tunnel.dial(request.address)
     except DialError as error:
         await request.answer(reply_to(error))
         raise
     async with remote:
         await request.answer(Reply.SUCCEEDED)
-        await forward_stream(stream, remote)
+        await forward_stream(stream, remote, on_broken=tell_broken)
 
 
 @click.command(

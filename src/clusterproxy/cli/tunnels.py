@@ -99,19 +99,10 @@ async def tunnel_to(access: ServerAccess, *, reusable: bool = True) -> AsyncGene
         yield tunnel
 
 
-async def dial(tunnel: Tunnel, address: str) -> TunnelStream:
-    """Dial, and have :func:`forward_stream` say it in one line on stderr if the connection breaks."""
-    stream = await tunnel.dial(address)
-    abort = stream.abort
-
-    def tell(reason: str = "") -> None:
-        if reason:
-            click.echo(f"{address}: the connection broke: {reason}", err=True)
-        abort(reason)
-
-    # What broke a connection is told to this alone.
-    stream.abort = tell  # type: ignore[method-assign]
-    return stream
+def tell_broken(stream: TunnelStream, reason: str) -> None:
+    """Say in one line on stderr that a connection broke."""
+    host, port = stream.remote_address
+    click.echo(f"{host}:{port}: the connection broke: {reason}", err=True)
 
 
 @attrs.frozen

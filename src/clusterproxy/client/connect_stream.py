@@ -69,12 +69,20 @@ class ConnectStream(HalfCloseableTunnelStream):
                     self._check_open()
                     raise
                 self._eof_received = not view
+                if not view and self._transport.tls is not None:
+                    self._check_end()
                 if len(view) <= limit:
                     return bytes(view)
                 self._received = memoryview(bytes(view))
             data = bytes(self._received[:limit])
             self._received = self._received[limit:]
             return data
+
+    def _check_end(self) -> None:
+        # A server that is killed ends its socket as one that has closed in order, but not its TLS.
+        if not self._transport.close_notified:
+            self.lose("the connection to the server was cut off")
+            self._check_open()
 
     @property
     def ended(self) -> bool:

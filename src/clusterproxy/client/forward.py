@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .stream import TunnelStream
 
 _READ: Final = 256 * 1024
@@ -17,11 +19,19 @@ _READ: Final = 256 * 1024
 LINGER_S: Final = 10.0
 
 
-async def forward_stream(local: trio.SocketStream, remote: TunnelStream) -> tuple[int, int]:
+async def forward_stream(
+    local: trio.SocketStream,
+    remote: TunnelStream,
+    *,
+    on_broken: Callable[[TunnelStream, str], None] | None = None,
+) -> tuple[int, int]:
     """Copy between *local* and *remote* until both directions have ended; both are closed then.
 
     The end of one direction goes on to the other side, where that can be said; elsewhere the service
     has ten seconds to end by itself. If one side breaks, the other is reset.
+
+    Args:
+      on_broken: told *remote* and the reason if one side broke.
 
     Returns:
       How many bytes went into the tunnel, and how many came out of it.
@@ -35,6 +45,8 @@ async def forward_stream(local: trio.SocketStream, remote: TunnelStream) -> tupl
             nursery.start_soon(copy.inward, nursery.cancel_scope)
         if not copy.broken:
             await copy.close()
+        elif on_broken is not None:
+            on_broken(remote, copy.broken)
     finally:
         # What was closed in order is not touched by this.
         remote.abort(copy.broken)

@@ -64,7 +64,7 @@ class GrpcStream(TunnelStream):
     ) -> None:
         super().__init__(remote_address, local_address, connect_id)
         self._call = call
-        self._extended = extended
+        self.extended = extended
         self._spawn = spawn
         self._metrics = metrics
         self._outbox = current_outbox()
@@ -326,7 +326,7 @@ class GrpcStream(TunnelStream):
         if self._over.is_set():
             return
         self._finish(reason)
-        if self._extended:
+        if self.extended:
             self._count(PacketType.RESET)
             self._call.send(encode(Packet.of(Reset(self.connect_id, reason))))
             self._leave()

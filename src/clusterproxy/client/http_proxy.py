@@ -67,23 +67,35 @@ class _Refused(Exception):
         self.text = text
 
 
-async def serve_http_proxy(stream: trio.SocketStream, dial: Dial) -> None:
+async def serve_http_proxy(
+    stream: trio.SocketStream,
+    dial: Dial,
+    *,
+    on_broken: Callable[[TunnelStream, str], None] | None = None,
+) -> None:
     """Serve one client of the proxy until it or we end the connection; *stream* is closed then.
 
     Args:
       dial: connects to "host:port". Its DialError is told to the client: status 403, 502, 503 or 504, and a text.
+      on_broken: as of :func:`forward_stream`, for CONNECT.
 
     Cancellation closes the client's connection and what was dialled for it. A broken client is no error.
     """
     async with stream:
         try:
-            await _Proxy(stream, dial).serve()
+            await _Proxy(stream, dial, on_broken).serve()
         except* trio.BrokenResourceError:
             pass
 
 
 class _Proxy:
-    def __init__(self, stream: trio.SocketStream, dial: Dial) -> None:
+    def __init__(
+        self,
+        stream: trio.SocketStream,
+        dial: Dial,
+        on_broken: Callable[[TunnelStream, str], None] | None,
+    ) -> None:
+        self._on_broken = on_broken
         self._stream = stream
         self._dial = dial
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=_MAX_HEAD)
@@ -170,7 +182,7 @@ class _Proxy:
             early, _ = self._http.trailing_data
             if early:
                 await remote.send_all(early)
-            await forward_stream(self._stream, remote)
+            await forward_stream(self._stream, remote, on_broken=self._on_broken)
 
     # -- requests in absolute form -----------------------------------------------------------------
 

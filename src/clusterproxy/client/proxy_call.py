@@ -181,11 +181,11 @@ class ProxyCall:
                     stream.on_close_response(payload.error)
             case HalfClose():
                 stream = self._connection(payload.connect_id)
-                if stream is not None:
+                if stream is not None and stream.extended:
                     stream.on_half_close()
             case Reset():
                 stream = self._connection(payload.connect_id)
-                if stream is not None:
+                if stream is not None and stream.extended:
                     stream.on_reset(payload.reason)
             case _:
                 pass  # what is for servers and agents, and what later releases may send
