@@ -278,7 +278,7 @@ class ConnectTunnel(Client):
         if not connection.backend.extended:
             limit = self._state.config.half_close_linger_s + _CLOSE_TIMEOUT_S
         with trio.move_on_after(limit):
-            while not self._over.is_set():
+            while not self._over.is_set() and not self._transport.hung_up:
                 with trio.move_on_after(_GONE_S):
                     await self._over.wait()
                 self.check_client()

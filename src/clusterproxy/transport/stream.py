@@ -175,18 +175,22 @@ class Transport:
         For those who do not read it now, and may not for long.
         """
         try:
-            if self.sock.family == socket.AF_UNIX:
-                # Also if both sides have shut down, so it says nothing once we have.
-                poll = select.poll()
-                poll.register(self.sock, 0)
-                return not self._eof_sent and bool(poll.poll(0))
             state = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
             # Closed in order, from both sides, there is no error.
             return state == _TCP_CLOSE and bool(
                 self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             )
-        except (OSError, ValueError):
-            return False
+        except OSError:
+            return False  # no TCP, or closed
+
+    @property
+    def hung_up(self) -> bool:
+        """Whether the peer of a Unix socket has closed it: what it sent can be read, it reads no more."""
+        if self.sock.family != socket.AF_UNIX or self._eof_sent or self._closed:
+            return False  # the kernel says the same if both sides have shut down
+        poll = select.poll()
+        poll.register(self.sock, 0)
+        return bool(poll.poll(0))
 
     @property
     def closed(self) -> bool:
