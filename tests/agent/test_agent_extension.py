@@ -18,6 +18,7 @@ from clusterproxy_proto import (
     DialRequest,
     HalfClose,
     Packet,
+    Payload,
     Reset,
     encode,
 )
@@ -49,7 +50,7 @@ async def ended(service: trio.SocketStream) -> None:
         assert await service.receive_some() == b""
 
 
-def received(agent: AgentWorld) -> list[object]:
+def received(agent: AgentWorld) -> list[Payload | None]:
     packets = [packet.payload for packet in agent.server.received]
     agent.server.received.clear()
     return packets
@@ -229,7 +230,8 @@ async def test_datagrams_know_no_end(autojump_clock: MockClock) -> None:
         service = trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         await service.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{service.getsockname()[1]}"
-        for number, last in enumerate((HalfClose(1), Reset(2, "")), 1):
+        ends: tuple[Payload, ...] = (HalfClose(1), Reset(2, ""))
+        for number, last in enumerate(ends, 1):
             agent.server.send(DialRequest("udp", address, number))
             await agent.server.expect(dial_ok(number, number))
             agent.server.send(Data(number, data=b"one"), last)

@@ -17,6 +17,7 @@ from clusterproxy_proto import (
     DialRequest,
     HalfClose,
     Packet,
+    Payload,
     Reset,
     encode,
 )
@@ -126,8 +127,9 @@ async def test_a_reader_that_sleeps_for_an_hour(mode: str, autojump_clock: MockC
     """S25: its bytes wait at the agent, and nobody else does."""
     async with serving() as server:
         agent = await server.agent(extended=True)
+        sleeper = await server.client(window=64 * KIB)
+        http_client: trio.SocketStream | None = None
         if mode == "grpc":
-            sleeper = await server.client(window=64 * KIB)
             await server.connect(sleeper, agent, 1, 1)
             sleeper.pause()
         else:
@@ -163,11 +165,11 @@ async def test_a_reader_that_sleeps_for_an_hour(mode: str, autojump_clock: MockC
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(feed)
-            if mode == "grpc":
+            if http_client is not None:
+                await exactly(http_client, expected)
+            else:
                 sleeper.resume()
                 assert await sleeper.read(1, len(expected), within=10) == expected
-            else:
-                await exactly(http_client, expected)
         await settle()
         assert not server.state.budget.used
 
@@ -224,9 +226,9 @@ async def test_overdraft(extent: str, autojump_clock: MockClock) -> None:
         assert server.established == 1
         assert values(server.metrics.rejected_packets_total) == {"from_agent,overdraft": 1}
         client.resume()
-        while isinstance(packet := await client.next(), Data):
+        while isinstance(last := await client.next(), Data):
             pass
-        assert packet == CloseResponse("more DATA than was granted", 1)
+        assert last == CloseResponse("more DATA than was granted", 1)
 
 
 # -- the client's end ------------------------------------------------------------------------------
@@ -348,8 +350,8 @@ async def test_a_client_closes_and_goes(takes: bool, autojump_clock: MockClock) 
             assert await agent.next() == CloseRequest(1)
             agent.send(CloseResponse("", 1))
         else:
-            packet = await agent.next(within=21)
-            assert packet == Reset(1, "the service took nothing and the client has gone")
+            last = await agent.next(within=21)
+            assert last == Reset(1, "the service took nothing and the client has gone")
         await settle()
         assert not server.state.budget.used
         await agent.expect_nothing_more()
@@ -358,7 +360,8 @@ async def test_a_client_closes_and_goes(takes: bool, autojump_clock: MockClock) 
 async def test_the_agent_is_done_with_one_that_waits_for_credit(autojump_clock: MockClock) -> None:
     async with serving() as server:
         agent = await server.agent(extended=True)
-        for number, last in enumerate((CloseResponse("", 1), Reset(2, "x")), 1):
+        ends: tuple[Payload, ...] = (CloseResponse("", 1), Reset(2, "x"))
+        for number, last in enumerate(ends, 1):
             client = await server.client()
             await server.connect(client, agent, number, number)
             client.send(*pieces(number, 20), CloseRequest(number))

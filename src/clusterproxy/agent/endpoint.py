@@ -133,9 +133,10 @@ class Endpoint(ABC):
     async def _wait_for_room(self) -> None:
         while self.to_server.queued or (self._allowance is not None and self._allowance.exhausted):
             self._room = trio.Event()
-            with trio.move_on_after(_GONE_S):
+            with trio.move_on_after(_GONE_S) as look:
                 await self._room.wait()
-            self._check_service()
+            if look.cancelled_caught:
+                self._check_service()
 
     def _check_service(self) -> None:  # noqa: B027  a datagram has nobody
         """Raise trio.BrokenResourceError if the service has gone: nobody reads its socket now."""
@@ -146,6 +147,7 @@ class Endpoint(ABC):
 
     def confirm_close(self) -> None:
         """Tell the server, behind the service's data, that the connection is over, and how."""
+        self.closing = True
         if self.broken and self._window is not None:
             self._send_last(Reset(self.connect_id, self.broken))
         else:
@@ -236,7 +238,8 @@ class StreamEndpoint(Endpoint):
                 self._check_service()
 
     def _check_service(self) -> None:
-        if self._transport.gone:
+        # What it has said before is still delivered.
+        if self._transport.gone and not self._transport.unread:
             raise trio.BrokenResourceError("the service has gone")
 
     def _send(self, reader: PacketReader, received: int) -> None:

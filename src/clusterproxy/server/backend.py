@@ -191,6 +191,8 @@ class Backend:
         if self._leaving.get(connection.connect_id) is connection:
             connection.drop_to_agent()
             self.drained(connection)
+            self._closing.pop(connection.connect_id, None)
+            _remember(self._reset, connection.connect_id)
             self.send(
                 Reset(connection.connect_id, "the service took nothing and the client has gone")
             )
@@ -369,6 +371,7 @@ class Backend:
             return
         self._state.metrics.dial_duration_seconds.observe(trio.current_time() - dial.started)
         self._closing.pop(response.connect_id, None)
+        self._reset.pop(response.connect_id, None)
         connection = dial.client.dialed(dial, response.connect_id)
         if self.connections.get(response.connect_id) is not connection:
             # The client's stream could not take even the answer.

@@ -50,9 +50,6 @@ _ANSWERS: Final = 16 * 1024
 _USER_TIMEOUT_MS: Final = 15_000
 _KEEPALIVE_S: Final = 15
 
-# tcpi_state, the first byte of struct tcp_info (linux/tcp.h).
-_TCP_CLOSE: Final = b"\x07"
-
 _GONE: Final = frozenset(
     (errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT, errno.ESHUTDOWN)
 )
@@ -172,25 +169,32 @@ class Transport:
     def gone(self) -> bool:
         """Whether the kernel knows that the peer has reset the connection, or vanished.
 
-        For those who do not read it now, and may not for long.
+        For those who do not read it now, and may not for long. What had come before can be read.
         """
+        return bool(self._poll() & select.POLLERR)
+
+    @property
+    def unread(self) -> int:
+        """Bytes that have come and were not read."""
         try:
-            state = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
-            # Closed in order, from both sides, there is no error.
-            return state == _TCP_CLOSE and bool(
-                self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            )
-        except OSError:
-            return False  # no TCP, or closed
+            return int.from_bytes(fcntl.ioctl(self.sock, termios.FIONREAD, bytes(4)), sys.byteorder)
+        except (OSError, ValueError):
+            return 0
+
+    def _poll(self) -> int:
+        """Return what poll(2) says unasked: POLLERR and POLLHUP. Unlike SO_ERROR it forgets nothing."""
+        if self._closed:
+            return 0
+        poll = select.poll()
+        poll.register(self.sock, 0)
+        return sum(events for _, events in poll.poll(0))
 
     @property
     def hung_up(self) -> bool:
         """Whether the peer of a Unix socket has closed it: what it sent can be read, it reads no more."""
-        if self.sock.family != socket.AF_UNIX or self._eof_sent or self._closed:
-            return False  # the kernel says the same if both sides have shut down
-        poll = select.poll()
-        poll.register(self.sock, 0)
-        return bool(poll.poll(0))
+        # The kernel says the same if both sides have shut down.
+        unix = self.sock.family == socket.AF_UNIX
+        return unix and not self._eof_sent and bool(self._poll() & select.POLLHUP)
 
     @property
     def closed(self) -> bool:
