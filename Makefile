@@ -2,7 +2,7 @@
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo setup test test-fast coverage conformance check bench lock clean
+.PHONY: help demo setup test test-fast coverage conformance check bench docs lock clean
 
 PYTHON ?= python3
 GO ?= go
@@ -52,6 +52,9 @@ check: $(READY) ## ruff, mypy --strict, pyright
 bench: $(READY) go-is-here ## measure beside the Go programs
 	@mkdir -p build
 	$(BIN)/python conformance/bench.py --json build/bench.json $(BENCH_ARGS)
+
+docs: $(READY) ## write docs/api.md and the pinned public surface anew
+	$(BIN)/python tests/public_surface.py
 
 lock: ## write requirements/*.txt anew from pyproject.toml (needs uv)
 	$(UV) pip compile $(LOCK) pyproject.toml -o requirements/runtime.txt

@@ -12,6 +12,7 @@ from clusterproxy.errors import DialError
 
 from .connection_options import ConnectionOptions, connection_options, server_access
 from .listening import ListenAddress
+from .outcome import tell
 from .tunnels import Service, run, serve_locally, tell_broken
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ async def _serve(tunnel: Tunnel, stream: trio.SocketStream) -> None:
         try:
             return await tunnel.dial(address)
         except DialError as error:
-            click.echo(str(error), err=True)
+            tell(error)
             raise
 
     await serve_http_proxy(stream, dial_and_tell, on_broken=tell_broken)

@@ -18,7 +18,7 @@ from .connection_options import (
     context_values,
     environment_option,
 )
-from .outcome import UNREACHABLE, Failure
+from .outcome import UNREACHABLE, Failure, plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,11 +123,6 @@ def _size(count: float) -> str:
     return decimal(round(count))
 
 
-def _plain(text: object) -> str:
-    """Agents and clients choose these texts: no escape sequence may reach the terminal."""
-    return "".join(one if one.isprintable() else "�" for one in str(text))
-
-
 def draw(document: Document, *, rows: int | None = None) -> RenderableType:
     """Return the tables; with *rows* only so many connections are shown, the fastest ones."""
     from rich.console import Group
@@ -137,7 +132,7 @@ def draw(document: Document, *, rows: int | None = None) -> RenderableType:
     server, totals = document["server"], document["totals"]
     state = "ready" if server["ready"] else f"not ready: {server['reason']}"
     head = Text.assemble(
-        (_plain(server["id"]), "bold"),
+        (plain(server["id"]), "bold"),
         f"  {server['mode']}  up {_age(server['uptime_s'])}  ",
         (state, "green" if server["ready"] else "red"),
         f"\n{totals['agents']} agents, {totals['connections']} connections, "
@@ -166,8 +161,8 @@ def draw(document: Document, *, rows: int | None = None) -> RenderableType:
     )
     for row in document["agents"]:
         agents.add_row(
-            Text(_plain(row["id"])),
-            Text(_plain(" ".join(row["identifiers"]))),
+            Text(plain(row["id"])),
+            Text(plain(" ".join(row["identifiers"]))),
             _age(row["age_s"]),
             str(row["connections"]),
             f"{_size(row['rate_to_agent'])}/s",
@@ -184,9 +179,9 @@ def draw(document: Document, *, rows: int | None = None) -> RenderableType:
     )
     for one in ranked[:rows]:
         connections.add_row(
-            Text(_plain(one["agent"])),
+            Text(plain(one["agent"])),
             str(one["id"]),
-            Text(_plain(one["destination"])),
+            Text(plain(one["destination"])),
             _age(one["age_s"]),
             *(
                 text

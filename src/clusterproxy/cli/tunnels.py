@@ -15,7 +15,7 @@ from clusterproxy.client import ClientTLS, Server, open_tunnel
 from clusterproxy.errors import ClusterProxyError, ConfigError, ConnectError, DialError, DialReason
 
 from .listening import ListenAddress, listening, shown
-from .outcome import BROKEN, DIAL_FAILED, INTERRUPTED, UNREACHABLE, USAGE, Failure
+from .outcome import BROKEN, DIAL_FAILED, INTERRUPTED, UNREACHABLE, USAGE, Failure, tell
 
 if TYPE_CHECKING:
     import socket
@@ -102,7 +102,7 @@ async def tunnel_to(access: ServerAccess, *, reusable: bool = True) -> AsyncGene
 def tell_broken(stream: TunnelStream, reason: str) -> None:
     """Say in one line on stderr that a connection broke."""
     host, port = stream.remote_address
-    click.echo(f"{host}:{port}: the connection broke: {reason}", err=True)
+    tell(f"{host}:{port}: the connection broke: {reason}")
 
 
 @attrs.frozen
@@ -147,7 +147,7 @@ async def _accept(tunnel: Tunnel, service: Service, sock: socket.socket) -> None
             try:
                 await service.serve(tunnel, stream)
             except* ClusterProxyError as errors:
-                click.echo(str(next(_leaves(errors))), err=True)
+                tell(next(_leaves(errors)))
             except* trio.BrokenResourceError:
                 pass  # the local program's doing
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -87,7 +88,12 @@ def _listening_at(path: str) -> Generator[trio.SocketListener]:
 def _listen(path: str) -> trio.SocketListener:
     sock = socket.socket(socket.AF_UNIX)
     with closing(sock):
-        sock.bind(path)
+        # Owner and group may connect, as with the server's own socket.
+        mask = os.umask(0o007)
+        try:
+            sock.bind(path)
+        finally:
+            os.umask(mask)
         sock.listen(_BACKLOG)
         return trio.SocketListener(
             trio.socket.from_stdlib_socket(socket.socket(fileno=sock.detach()))

@@ -17,7 +17,13 @@ class TunnelStream(trio.abc.Stream):
 
     It follows trio's rules: one task at a time sends and one receives, closing wakes both with
     :exc:`trio.ClosedResourceError`. The end of the stream is an empty read only if the service ended
-    it in order; otherwise :exc:`trio.BrokenResourceError` says why.
+    it in order; otherwise :exc:`trio.BrokenResourceError` says why, behind the bytes that came before.
+
+    ``receive_some`` returns what is there, up to 512 KiB unless it is asked for more or less; a
+    cancelled one loses nothing. ``send_all`` returns when everything is with the kernel and the other
+    ends have room for it; how much a cancelled one has sent nobody knows. ``aclose`` waits until the
+    agent has confirmed the close, and raises :exc:`trio.BrokenResourceError` if it does not within
+    10 s or names an error; a cancelled one closes all the same.
 
     Attributes:
       remote_address: host and port as they were dialled.
@@ -51,7 +57,10 @@ class TunnelStream(trio.abc.Stream):
 
 
 class HalfCloseableTunnelStream(TunnelStream, trio.abc.HalfCloseableStream):
-    """A connection of which either direction can end while the other goes on."""
+    """A connection of which either direction can end while the other goes on.
+
+    ``send_eof`` ends ours, behind everything that was sent; the service's answer still arrives.
+    """
 
 
 class OneAtATime:
