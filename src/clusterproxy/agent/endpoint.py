@@ -15,7 +15,6 @@ from clusterproxy.transport.stall import watch_stall
 from clusterproxy.transport.stream import Transport
 from clusterproxy.tunnel.budget import Guard
 from clusterproxy.tunnel.extension import Allowance, Window
-from clusterproxy.tunnel.messages import data_head
 from clusterproxy_proto import (
     CloseResponse,
     Credit,
@@ -44,8 +43,6 @@ _LINGER_S: Final = 10.0
 
 # How often the kernel is asked whether a service is still there that is not read.
 _GONE_S: Final = 5.0
-
-_MAX_DATAGRAM: Final = 65_535
 
 
 class Endpoint(ABC):
@@ -179,7 +176,7 @@ class StreamEndpoint(Endpoint):
         self.sink = ByteSink(self._transport, self._spawn, self._break)
         if extended:
             # What the server sends is bounded by its credit: the stream is never held.
-            self.guard = Guard(self.sink, state.budget, _nothing, _nothing)
+            self.guard = Guard(self.sink, state.budget)
         else:
             self.guard = Guard(self.sink, state.budget, call.stream.hold, call.stream.release)
         self.sink.on_drain = self._note_queue
@@ -337,77 +334,3 @@ class StreamEndpoint(Endpoint):
     def _spawn(self, function: Callable[..., Awaitable[None]], /, *args: object) -> None:
         if self._nursery is not None:
             self._nursery.start_soon(function, *args)
-
-
-class DatagramEndpoint(Endpoint):
-    """A UDP service: one packet for one datagram, either way (the Go agent does the same)."""
-
-    def __init__(
-        self,
-        state: AgentState,
-        call: Call,
-        connect_id: int,
-        sock: socket.socket,
-        *,
-        extended: bool,
-    ) -> None:
-        super().__init__(state, call, connect_id, extended=extended)
-        self._sock = sock
-        self._reading = trio.CancelScope()
-        self._buffer = memoryview(bytearray(_MAX_DATAGRAM))
-
-    async def run(self, ended: Callable[[], None]) -> None:
-        with self._sock:
-            with self._reading:
-                await self._copy()
-            ended()
-
-    async def _copy(self) -> None:
-        while True:
-            await self._wait_for_room()
-            await trio.lowlevel.wait_readable(self._sock)
-            try:
-                size = self._sock.recv_into(self._buffer)
-            except BlockingIOError:
-                continue
-            except OSError:
-                return  # as Go: ECONNREFUSED of an earlier datagram ends the connection
-            if self.closing:
-                return
-            if size:
-                message = data_head(self.connect_id, size) + self._buffer[:size]
-                self._state.data_packets.to_server.value += 1
-                self._spend(len(message))
-                self._call.forward(self.to_server, len(message), message)
-
-    def from_server(self, parts: Sequence[Buffer]) -> None:
-        # What the socket does not take is lost, as datagrams are.
-        try:
-            self._sock.send(b"".join(parts))
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._reading.cancel()
-
-    def run_from_server(self, payloads: Sequence[Buffer]) -> None:
-        for payload in payloads:
-            self.from_server((payload,))
-
-    @property
-    def _queued(self) -> int:
-        return 0
-
-    def close(self) -> None:
-        self.closing = True
-        self._reading.cancel()
-
-    def half_close(self) -> None:
-        # Datagrams know no end: it is over.
-        self._reading.cancel()
-
-    def abort(self) -> None:
-        self.close()
-
-
-def _nothing(_size: int) -> None:
-    """There is nothing to hold or to release."""

@@ -34,8 +34,9 @@ from clusterproxy_proto import (
     run_end,
 )
 
+from .datagrams import DatagramEndpoint
 from .dial import EndpointDialError, dial
-from .endpoint import DatagramEndpoint, Endpoint, StreamEndpoint
+from .endpoint import Endpoint, StreamEndpoint
 
 if TYPE_CHECKING:
     from clusterproxy.http2.flow import Buffer

@@ -44,10 +44,6 @@ MAX_ADDRESS: Final = 1024
 MAX_PROTOCOL: Final = 32
 
 
-def _nothing(_size: int) -> None:
-    """There is nothing to hold or to release."""
-
-
 class Client(ABC):
     """Who asked for a connection: a gRPC stream or an HTTP CONNECT socket.
 
@@ -214,7 +210,7 @@ class Connection(ABC):
             self.window: Window | None = Window()
             self._allowance: Allowance | None = Allowance()
             # What it sends is bounded by its credit: the stream that it shares is never held.
-            self.guard = Guard(queue, state.budget, _nothing, _nothing)
+            self.guard = Guard(queue, state.budget)
         else:
             self.window = self._allowance = None
             self.guard = Guard(queue, state.budget, stream.hold, stream.release)

@@ -59,6 +59,10 @@ class Budget:
         return max(FLOOR, min(self.each, self.total - self.used))
 
 
+def _nothing(_size: int) -> None:
+    """There is no source to hold."""
+
+
 class Guard:
     """Keeps one queue with a shared source within its budget.
 
@@ -67,7 +71,8 @@ class Guard:
     stop them for as long as that takes.
 
     Args:
-      hold, release: withhold so many bytes of the source's credit, and grant them again.
+      hold, release: withhold so many bytes of the source's credit, and grant them again. Without them
+        the queue is only counted.
     """
 
     __slots__ = (
@@ -85,8 +90,8 @@ class Guard:
         self,
         queue: Queue,
         budget: Budget,
-        hold: Callable[[int], None],
-        release: Callable[[int], None],
+        hold: Callable[[int], None] = _nothing,
+        release: Callable[[int], None] = _nothing,
     ) -> None:
         self._queue = queue
         self._budget = budget
