@@ -155,6 +155,9 @@ class Cluster:
         """Have a program hold its sockets open and do nothing any more."""
         self._programs[name].send_signal(signal.SIGSTOP)
 
+    def pid(self, name: str) -> int:
+        return self._programs[name].pid
+
     def close(self) -> None:
         for name in list(self._programs):
             self.kill(name)
