@@ -1,8 +1,11 @@
 from __future__ import annotations
 
-import pytest
+from typing import TYPE_CHECKING
 
 from clusterproxy.cli.outcome import UNREACHABLE, Failure, plain, tell
+
+if TYPE_CHECKING:
+    import pytest
 
 
 def test_a_peers_text_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
