@@ -339,6 +339,15 @@ async def test_dial_taken_back(autojump_clock: MockClock) -> None:
         assert not values(agent.metrics.endpoint_dial_failure_total)
 
 
+async def test_dial_taken_back_at_once(autojump_clock: MockClock) -> None:
+    """Both packets come in one batch, before the dial's task has run."""
+    async with session() as agent:
+        agent.server.send(DialRequest("tcp", "never:1", 5), CloseDial(5))
+        await settle()
+        assert not is_busy(agent)
+        await agent.server.expect_nothing_more()
+
+
 async def test_two_dials_with_one_number(autojump_clock: MockClock) -> None:
     async with session() as agent:
         agent.server.send(DialRequest("tcp", "never:1", 5), DialRequest("tcp", "never:2", 5))

@@ -184,8 +184,7 @@ async def echo(stream: trio.SocketStream) -> None:
     [
         # Withdrawn dials end at the agent because it is told, and not because they take too long.
         ("grpc", 50, 200, "60s"),
-        # Here a client that waits can only hang up, which its server need not notice before the answer.
-        ("http-connect", 10, 50, "1s"),
+        ("http-connect", 10, 50, "60s"),
     ],
     ids=["grpc", "http-connect"],
 )

@@ -506,6 +506,22 @@ async def test_client_goes_while_pending(autojump_clock: MockClock) -> None:
         assert server.established == 0
 
 
+@pytest.mark.parametrize("extended", [True, False])
+async def test_client_resets_while_pending(extended: bool, autojump_clock: MockClock) -> None:
+    async with serving() as server:
+        agent = await server.agent(extended=extended)
+        client, dial = await dialled(server, agent, tcp=True)
+        client.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_LINGER, bytes([1] + [0] * 7))
+        await client.aclose()
+        await trio.sleep(1)
+        assert server.pending == 0
+        assert server.dial_failures == {"frontend_close": 1}
+        assert value(server.metrics.http_connections) == 0
+        if extended:
+            await agent.expect(CloseDial(dial.random))
+        await agent.expect_nothing_more()
+
+
 async def test_target_closes_while_the_client_sends(autojump_clock: MockClock) -> None:
     """A socket closed with unread bytes is reset, and would lose what the target said last."""
     async with serving() as server:

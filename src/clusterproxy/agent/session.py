@@ -260,14 +260,18 @@ class Session:
             error = f"dial {request.protocol[:32]}: address too long"
             self._send(DialResponse(error=error, random=request.random))
             return
-        self.call.start_soon(self._connect, request, self._last_id)
+        # Known from now on: the dial may be withdrawn before its task runs for the first time.
+        scope = self._dials[request.random] = trio.CancelScope()
+        self.call.start_soon(self._connect, request, self._last_id, scope)
 
     # -- connections -------------------------------------------------------------------------------
 
-    async def _connect(self, request: DialRequest, connect_id: int) -> None:
+    async def _connect(
+        self, request: DialRequest, connect_id: int, scope: trio.CancelScope
+    ) -> None:
         self._busy += 1
         try:
-            await self._serve(request, connect_id)
+            await self._serve(request, connect_id, scope)
         except* Exception:
             # A bug ends this connection and nothing else.
             _log.exception("bug in a connection", extra={"connection_id": connect_id})
@@ -275,8 +279,8 @@ class Session:
             self._busy -= 1
             self._state.last_use = trio.current_time()
 
-    async def _serve(self, request: DialRequest, connect_id: int) -> None:
-        sock = await self._dial(request)
+    async def _serve(self, request: DialRequest, connect_id: int, scope: trio.CancelScope) -> None:
+        sock = await self._dial(request, scope)
         if sock is None:
             return
         datagrams = sock.type == socket.SOCK_DGRAM
@@ -315,11 +319,10 @@ class Session:
         self._state.metrics.open_endpoint_connections.dec()
         self._state.last_use = trio.current_time()
 
-    async def _dial(self, request: DialRequest) -> socket.socket | None:
+    async def _dial(self, request: DialRequest, scope: trio.CancelScope) -> socket.socket | None:
         started = trio.current_time()
         metrics = self._state.metrics
-        with trio.CancelScope() as scope:
-            self._dials[request.random] = scope
+        with scope:
             try:
                 sock = await dial(
                     request.protocol,

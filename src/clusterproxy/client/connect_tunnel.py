@@ -99,6 +99,10 @@ class ConnectTunnel(Tunnel):
             ) from error
         except trio.BrokenResourceError as error:
             lost = str(error)
+        except trio.Cancelled:
+            # A dial that is withdrawn: an end in order would look like one of our side only.
+            transport.close(reset=True)
+            raise
         except BaseException:
             transport.close()
             raise

@@ -46,6 +46,9 @@ _LOOK_S: Final = 0.01
 # How often the kernel is asked whether a client is still there that is not read.
 _GONE_S: Final = 5.0
 
+# The same, for one that waits for its dial: ours resets the connection when it gives up.
+_DIAL_LOOK_S: Final = 0.5
+
 # Upstream's ReadHeaderTimeout.
 _HEADER_TIMEOUT_S: Final = 60.0
 
@@ -118,10 +121,9 @@ class ConnectTunnel(Client):
         request = DialRequest("tcp", address, secrets.randbits(63))
         dial = PendingDial(self._state, self, backend, request)
         try:
-            await self._dialed.wait()
+            await self._await_dial()
         finally:
-            if dial.remove():
-                self._state.count_dial_failure("frontend_close")
+            dial.withdraw()
         if self._connection is None:
             await self._answer(self._error)
         await self._copy(self._connection, early)
@@ -221,6 +223,13 @@ class ConnectTunnel(Client):
             await trio.lowlevel.checkpoint()
 
     # -- the dial ----------------------------------------------------------------------------------
+
+    async def _await_dial(self) -> None:
+        while not self._dialed.is_set():
+            with trio.move_on_after(_DIAL_LOOK_S):
+                await self._dialed.wait()
+                return
+            self.check_client()
 
     def dialed(self, dial: PendingDial, connect_id: int) -> Connection:
         self._connection = ConnectConnection(self._state, dial, connect_id, self)

@@ -146,6 +146,17 @@ class PendingDial:
             self._state.count_packet("to_agent", "DIAL_CLS")
             self.backend.call.send(encode(Packet.of(CloseDial(self.wire_random))))
 
+    def withdraw(self) -> None:
+        """The client wants no answer any more, if it has none yet."""
+        if not self.pending:
+            return
+        self._state.count_dial_failure("frontend_close")
+        if self.backend.extended:
+            self.abandon()
+        else:
+            # As upstream: a Go agent ignores what it is told.
+            self.remove()
+
     async def _expire(self) -> None:
         with trio.move_on_after(self._state.dial_timeout_s):
             await self._answered.wait()

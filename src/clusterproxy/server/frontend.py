@@ -256,14 +256,8 @@ class Frontend(Client):
 
     def _on_close_dial(self, number: int) -> None:
         dial = self._dials.pop(number, None)
-        if dial is None or not dial.pending:
-            return
-        self._state.count_dial_failure("frontend_close")
-        if dial.backend.extended:
-            dial.abandon()
-        else:
-            # As upstream: a Go agent ignores what it is told.
-            dial.remove()
+        if dial is not None:
+            dial.withdraw()
 
     # -- Client ------------------------------------------------------------------------------------
 
