@@ -86,6 +86,17 @@ def test_a_budget_that_is_used_up_leaves_the_first_credit() -> None:
     assert window.grant(0, 0) == INITIAL_CREDIT
 
 
+def test_nothing_is_granted_while_more_is_out_than_the_budget_leaves() -> None:
+    window = Window()
+    for _ in range(2):
+        assert window.receive(window.left)
+        window.grant(0, 16 * MIB)
+    assert window.left == MIB
+    assert window.receive(300 * KIB)
+    assert window.grant(0, 0) == 0
+    assert window.left == MIB - 300 * KIB
+
+
 def test_overdraft() -> None:
     window = Window()
     assert window.receive(INITIAL_CREDIT - 1)
