@@ -831,3 +831,20 @@ async def test_dial_answer_that_cannot_be_sent(autojump_clock: MockClock) -> Non
         assert (await client.status())[0] == "ResourceExhausted"
         assert server.dial_failures == {"send_rsp": 1}
         assert server.established == 0
+
+
+async def test_keepalive_pings_are_not_punished(autojump_clock: MockClock) -> None:
+    """F9: Go servers end the connection of a client that PINGs oftener than every five minutes."""
+    async with serving() as server:
+        client = await server.client()
+        answered: list[float] = []
+        for _ in range(120):
+            client.connection.ping(lambda: answered.append(trio.current_time()))
+            await trio.sleep(5)
+        client.reset()
+        for _ in range(120):
+            # Now without a stream.
+            client.connection.ping(lambda: answered.append(trio.current_time()))
+            await trio.sleep(5)
+        assert len(answered) == 240
+        assert client.connection.lost is None
