@@ -458,3 +458,20 @@ async def test_random_credit_keeps_every_byte_in_order(autojump_clock: MockClock
         assert got == sent
         assert sorted(ends) == sorted(found)
         assert not server.state.budget.used
+
+
+async def test_clients_that_leave_much_behind_and_go(autojump_clock: MockClock) -> None:
+    """No window bounds what they leave together, so the total budget does."""
+    async with serving(total_buffer_bytes=2 * MIB) as server:
+        agent = await server.agent(extended=True)
+        for number in range(1, 13):
+            client = await server.client()
+            await server.connect(client, agent, number, number)
+            client.send(*pieces(number, 20), CloseRequest(number))
+            await settle()
+            client.half_close()
+            await settle()
+            assert server.state.budget.used < 3 * MIB
+        resets = [p.payload for p in agent.received if isinstance(p.payload, Reset)]
+        assert resets[-1] == Reset(12, "the service took nothing and the client has gone")
+        agent.received.clear()

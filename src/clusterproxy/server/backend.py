@@ -175,7 +175,12 @@ class Backend:
             self._expect_close(connection.connect_id)
             if self.extended and connection.to_agent.queued:
                 self._leaving[connection.connect_id] = connection
-                self.call.start_soon(self._linger, connection)
+                budget = self._state.budget
+                if budget.used > budget.total:
+                    # No stream's window bounds what clients leave behind that come and go.
+                    self._give_up(connection)
+                else:
+                    self.call.start_soon(self._linger, connection)
 
     def drained(self, connection: Connection) -> None:
         """Nothing of a connection waits for the agent any more."""
@@ -189,13 +194,14 @@ class Backend:
             taken = connection.to_agent.taken
             await trio.sleep(self._state.config.stall_timeout_s)
         if self._leaving.get(connection.connect_id) is connection:
-            connection.drop_to_agent()
-            self.drained(connection)
-            self._closing.pop(connection.connect_id, None)
-            _remember(self._reset, connection.connect_id)
-            self.send(
-                Reset(connection.connect_id, "the service took nothing and the client has gone")
-            )
+            self._give_up(connection)
+
+    def _give_up(self, connection: Connection) -> None:
+        connection.drop_to_agent()
+        self.drained(connection)
+        self._closing.pop(connection.connect_id, None)
+        _remember(self._reset, connection.connect_id)
+        self.send(Reset(connection.connect_id, "the service took nothing and the client has gone"))
 
     def send(self, payload: Payload) -> None:
         """Send a small packet ahead of all that waits."""

@@ -366,9 +366,10 @@ class ConnectConnection(Connection):
         """
         while self.to_agent.queued:
             self._room = trio.Event()
-            with trio.move_on_after(_GONE_S):
+            with trio.move_on_after(_GONE_S) as look:
                 await self._room.wait()
-            self._tunnel.check_client()
+            if look.cancelled_caught:
+                self._tunnel.check_client()
 
     def _release(self, size: int) -> None:
         if not self.to_agent.queued:

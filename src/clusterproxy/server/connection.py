@@ -242,9 +242,9 @@ class Connection(ABC):
 
     def forward_to_agent(self, size: int, head: Buffer, rest: tuple[Buffer, ...]) -> None:
         """Pass on a DATA message as it is; the client's source is held for what must wait."""
-        self._state.data_packets.to_agent.value += 1
         if self._client_ended or self.closing:
             return
+        self._state.data_packets.to_agent.value += 1
         before = self.to_agent.queued
         self._agent_stream.send(self.to_agent, size, head, rest)
         if self.to_agent.queued != before:
