@@ -464,6 +464,7 @@ async def test_clients_that_leave_much_behind_and_go(autojump_clock: MockClock) 
     """No window bounds what they leave together, so the total budget does."""
     async with serving(total_buffer_bytes=2 * MIB) as server:
         agent = await server.agent(extended=True)
+        resets: list[Reset] = []
         for number in range(1, 13):
             client = await server.client()
             await server.connect(client, agent, number, number)
@@ -472,6 +473,6 @@ async def test_clients_that_leave_much_behind_and_go(autojump_clock: MockClock) 
             client.half_close()
             await settle()
             assert server.state.budget.used < 3 * MIB
-        resets = [p.payload for p in agent.received if isinstance(p.payload, Reset)]
+            resets += [p.payload for p in agent.received if isinstance(p.payload, Reset)]
+            agent.received.clear()
         assert resets[-1] == Reset(12, "the service took nothing and the client has gone")
-        agent.received.clear()
