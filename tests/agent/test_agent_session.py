@@ -14,7 +14,7 @@ from harness import AgentWorld, dial_ok, observations, read_to_end, session, set
 
 from clusterproxy.agent.dial import EndpointDialError
 from clusterproxy.transport.outbox import current_outbox
-from clusterproxy.transport.stream import READ_SIZE
+from clusterproxy.transport.pace import READ_SIZE
 from clusterproxy_proto import (
     CloseDial,
     CloseRequest,

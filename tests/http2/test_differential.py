@@ -71,6 +71,7 @@ Item = tuple[Any, ...]
 # Windows small enough to be overdrawn. The limits that h2 does not have are out of reach, except that
 # of the header list, which it shares.
 LIMITS = Http2Limits(
+    max_window=0,
     window=20_000,
     connection_window=70_000,
     max_frame_size=16_384,

@@ -316,7 +316,7 @@ async def test_padding_and_content_length_go_the_slow_way() -> None:
 
 # -- receiving: windows ----------------------------------------------------------------------------------
 
-SMALL = Http2Limits(window=40_000, connection_window=100_000, max_frame_size=16_384)
+SMALL = Http2Limits(window=40_000, max_window=0, connection_window=100_000, max_frame_size=16_384)
 
 
 async def test_an_unread_stream_starves_nobody() -> None:
@@ -351,7 +351,7 @@ async def test_what_is_held_is_not_granted() -> None:
 
 
 async def test_a_peer_that_can_hardly_send_is_granted_less() -> None:
-    limits = Http2Limits(window=200_000, connection_window=400_000)
+    limits = Http2Limits(window=200_000, max_window=0, connection_window=400_000)
     wired, _ = server(limits=limits)
     stream, handler = wired.stream(1), wired.handlers[1]
     handler.hold = True

@@ -10,7 +10,7 @@ import pytest
 import trio
 from harness import ServerWorld, dial_ok, read_to_end, serving, settle, tcp_pair, value, values
 
-from clusterproxy.transport.stream import READ_SIZE
+from clusterproxy.transport.pace import READ_SIZE
 from clusterproxy_proto import CloseRequest, CloseResponse, Data, DialRequest
 
 if TYPE_CHECKING:

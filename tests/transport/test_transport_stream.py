@@ -4,7 +4,6 @@ import errno
 import os
 import socket
 import ssl
-import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -32,7 +31,8 @@ from transport_pairs import (
     tls_ends,
 )
 
-from clusterproxy.transport.stream import READ_SIZE, Transport, tune
+from clusterproxy.transport.pace import READ_SIZE
+from clusterproxy.transport.stream import Transport, tune
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -190,16 +190,14 @@ async def test_the_read_buffers_are_shared(version: ssl.TLSVersion | None) -> No
         end.close()
 
 
-def test_each_thread_has_its_own_buffers() -> None:
+async def test_each_thread_has_its_own_buffers() -> None:
     a, b = socket_pair()
     buffers: list[memoryview] = []
 
-    def elsewhere() -> None:
+    async def elsewhere() -> None:
         buffers.append(Transport(a)._plain)
 
-    thread = threading.Thread(target=elsewhere)
-    thread.start()
-    thread.join()
+    await trio.to_thread.run_sync(trio.run, elsewhere)
     assert buffers[0] is not Transport(b)._plain
     a.close()
     b.close()

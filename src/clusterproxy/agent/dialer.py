@@ -12,7 +12,7 @@ import trio
 from clusterproxy import __version__
 from clusterproxy.errors import ClusterProxyError
 from clusterproxy.http2.connection import Http2Connection
-from clusterproxy.http2.limits import Http2Limits
+from clusterproxy.http2.limits import Growth, Http2Limits
 from clusterproxy.rpc.channel import start_call
 from clusterproxy.rpc.keepalive import BETWEEN_OURS
 from clusterproxy.transport.stream import Transport, tune
@@ -59,7 +59,11 @@ class ServerDialer:
     def __init__(self, state: AgentState, tls: ReloadingContext) -> None:
         self._state = state
         self._tls = tls
-        self._limits = Http2Limits(window=_WINDOW, max_message_size=state.config.max_message_bytes)
+        self._limits = Http2Limits(
+            window=_WINDOW,
+            growth=Growth(state.config.total_buffer_bytes // 2),
+            max_message_size=state.config.max_message_bytes,
+        )
         self.connections: set[Http2Connection] = set()
 
     @contextlib.asynccontextmanager

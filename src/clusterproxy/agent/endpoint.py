@@ -10,6 +10,7 @@ import trio
 
 from clusterproxy.http2.flow import Buffer, Flow
 from clusterproxy.transport.outbox import current_outbox
+from clusterproxy.transport.pace import current_pace
 from clusterproxy.transport.sink import ByteSink
 from clusterproxy.transport.stall import watch_stall
 from clusterproxy.transport.stream import Transport
@@ -66,6 +67,7 @@ class Endpoint(ABC):
         self._allowance = Allowance() if extended else None
         self._room = trio.Event()
         self._outbox = current_outbox()
+        self._pace = current_pace()
 
     #: Why the connection is closed, if it was not by an orderly end.
     error = ""
@@ -107,12 +109,14 @@ class Endpoint(ABC):
 
     def receive(self, size: int, count: int = 1) -> bool:
         """Count messages of the server; return whether it was allowed to send them."""
+        self._pace.note(self, size * count)
         return self._window is None or self._window.receive(size, count)
 
     def grant(self) -> None:
         """Let the server send on what the service has taken, if it is worth a packet."""
         if self._window is not None and not self.closing:
-            size = self._window.grant(self._queued, self._state.budget.limit)
+            line = self._call.stream.connection.line.size
+            size = self._window.grant(self._queued, self._state.budget.limit, line)
             if size:
                 self._state.count_packet("from_agent", "CREDIT")
                 self._call.send(encode(Packet.of(Credit(self.connect_id, size))))
@@ -210,7 +214,7 @@ class StreamEndpoint(Endpoint):
             while True:
                 await self._wait_for_room()
                 # What would have to be queued is better left to wait.
-                room = self._call.stream.room // 2
+                room = min(self._call.stream.room // 2, self._pace.read_size)
                 limit = None if self._allowance is None else self._allowance.left
                 received = await transport.receive_into(reader.places(room, limit))
                 # A cancellation does not reach a task that has been woken by bytes in the same
@@ -241,6 +245,7 @@ class StreamEndpoint(Endpoint):
 
     def _send(self, reader: PacketReader, received: int) -> None:
         stream, sent = self._call.stream, self._state.data_packets.to_server
+        self._pace.note(self, received)
         full = reader.full(received)
         rest = reader.rest(received)
         self._spend(len(full) + len(rest))

@@ -103,6 +103,8 @@ class Session:
             raise HandshakeError(f"server count {count[:64]!r} is not a number")
         self.server_count = int(count)
         self.extended = accepted(metadata)
+        # Before there is anything to send: how long a round trip takes is best measured now.
+        self.call.connection.ping()
 
     async def run(self) -> None:
         """Serve until the stream ends. All its connections end with it.

@@ -2,7 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import attrs
+
+_GROWTH: Final = 256 * 1024 * 1024
+
+
+class Growth:
+    """What the windows of a process may still grow by: each is a promise of memory."""
+
+    __slots__ = ("left",)
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def take(self, size: int) -> int:
+        """Take at most *size* bytes; return how many that are."""
+        taken = min(size, self.left)
+        self.left -= taken
+        return taken
+
+    def give_back(self, size: int) -> None:
+        """Return what was taken."""
+        self.left += size
 
 
 @attrs.frozen(kw_only=True)
@@ -10,7 +33,9 @@ class Http2Limits:
     """Limits of one HTTP/2 connection; sizes in bytes, rates per second.
 
     Attributes:
-      window: what a peer may send on one stream before it is consumed.
+      window: what a peer may send on one stream before it is consumed, to begin with.
+      max_window: what a stream's window may grow to where the line needs it; 0: lines are not measured.
+      growth: what the windows may grow by together.
       connection_window: the same for the whole connection, given back on receipt.
       max_frame_size: the largest DATA frame taken. Our own peers then send a packet in one frame.
       max_header_list: uncompressed size of a header list (RFC 9113 §6.5.2).
@@ -20,6 +45,8 @@ class Http2Limits:
     """
 
     window: int = 1024 * 1024
+    max_window: int = 16 * 1024 * 1024
+    growth: Growth = attrs.field(factory=lambda: Growth(_GROWTH))
     connection_window: int = 16 * 1024 * 1024
     max_frame_size: int = 1024 * 1024
     max_streams: int = 10_000

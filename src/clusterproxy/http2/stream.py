@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
 
+from clusterproxy.transport.pace import SHORT_WINDOW, current_pace
+
 from .flow import QUANTUM, Buffer, Flow, Schedule
 
 if TYPE_CHECKING:
@@ -17,7 +19,10 @@ Header = tuple[bytes, bytes]
 # Answers that a peer asked for and does not fetch; more than this of them is not a slow peer.
 _URGENT_LIMIT: Final = 256 * 1024
 
-# Grants are gathered, but not from a peer that has less than this.
+# Grants are gathered up to this, however large the window: what is gathered is not under way.
+_LARGE_GRANT: Final = 1024 * 1024
+
+# But not from a peer that has less than this.
 _SMALL_GRANT: Final = 16 * 1024
 
 _TAKING: Final = memoryview(b"")
@@ -57,14 +62,15 @@ class Stream:
       useful: set by the owner once the stream has served its purpose; a peer that resets many
         streams before that is cut off.
       shared: set by the owner if what is sent here is asked for by others than the peer.
+      window: what the peer may send before it is consumed. Grows with the line, see :meth:`credit`.
     """
 
     __slots__ = (
         "_finish",
         "_held",
         "_output",
+        "_pace",
         "_partial",
-        "_window",
         "connection",
         "h2",
         "handler",
@@ -75,6 +81,7 @@ class Stream:
         "schedule",
         "shared",
         "useful",
+        "window",
     )
 
     def __init__(
@@ -82,6 +89,7 @@ class Stream:
     ) -> None:
         self.connection = connection
         self._output = connection.output
+        self._pace = current_pace()
         self.id = stream_id
         self.h2 = state
         self.handler: StreamHandler | None = None
@@ -90,8 +98,8 @@ class Stream:
         self.useful = False
         self.shared = False
         self.schedule = Schedule()
-        self.low = window - window // 4
-        self._window = window
+        self.window = window
+        self.low = window - _gathered(window)
         self._held = 0
         self._partial: memoryview | None = None
         self._finish: Callable[[], None] | None = None
@@ -238,10 +246,36 @@ class Stream:
         self.credit()
 
     def credit(self) -> None:
-        """Grant what was consumed, if it is worth a frame; to a peer that cannot send, little is."""
+        """Grant what was consumed, if it is worth a frame; to a peer that cannot send, little is.
+
+        The window grows to what the line holds, within the limits.
+        """
         if not self.open or self.peer_ended:
             return
+        limits, line, window = self.connection.limits, self.connection.line, self.window
+        if self._pace.hurried:
+            window = min(window, max(SHORT_WINDOW, line.size))
         granted = self.h2.inbound_flow_control_window
-        room = self._window - self._held - granted
-        if room >= self._window // 4 or (room >= _SMALL_GRANT and granted < _SMALL_GRANT):
-            self.connection.grant(self, room)
+        room = window - self._held - granted
+        if room < _gathered(window) and (room < _SMALL_GRANT or granted >= _SMALL_GRANT):
+            return
+        wanted = min(line.size, limits.max_window) - self.window
+        if wanted > 0:
+            more = limits.growth.take(wanted)
+            self.window += more
+            self.low = self.window - _gathered(self.window)
+            room += more
+        self.connection.grant(self, room)
+        if limits.max_window:
+            self.connection.measure()
+
+    def close(self) -> None:
+        """The stream is gone: forget what waits, and what the window had grown by."""
+        self.schedule.clear()
+        limits = self.connection.limits
+        limits.growth.give_back(self.window - limits.window)
+        self.window = limits.window
+
+
+def _gathered(window: int) -> int:
+    return min(window // 4, _LARGE_GRANT)

@@ -13,7 +13,7 @@ import attrs
 import trio
 
 from clusterproxy.errors import ConfigError
-from clusterproxy.http2.limits import Http2Limits
+from clusterproxy.http2.limits import Growth, Http2Limits
 from clusterproxy.rpc.keepalive import keep_alive
 from clusterproxy.rpc.server import RpcServer
 from clusterproxy.telemetry.admin import server_admin_handler, server_health_handler
@@ -70,6 +70,7 @@ class ProxyServer:
             data_packets=PacketCounters(self.metrics),
         )
         limits = Http2Limits(
+            growth=Growth(config.total_buffer_bytes // 2),
             max_streams=config.max_concurrent_streams,
             max_header_list=config.max_header_list_bytes,
             max_message_size=config.max_message_bytes,

@@ -10,6 +10,7 @@ import trio
 from clusterproxy.errors import RPCError
 from clusterproxy.grpc import PREFIX_SIZE, Status
 from clusterproxy.rpc.keepalive import BETWEEN_OURS
+from clusterproxy.transport.pace import current_pace
 from clusterproxy.tunnel.extension import accepted, offer
 from clusterproxy.tunnel.identifiers import Identifiers
 from clusterproxy.tunnel.messages import data_message
@@ -82,6 +83,7 @@ class Backend:
         # Without a client any more, but with something that waits for the agent's credit.
         self._leaving: dict[int, Connection] = {}
         self._rejected = False
+        self.pace = current_pace()
         self._retired = trio.Event()
         # What is sent here is asked for by clients: it is not the agent's fault if it is much.
         call.stream.shared = True
@@ -98,6 +100,8 @@ class Backend:
                 **(offer() if self.extended else {}),
             }
         )
+        # Before there is anything to send: how long a round trip takes is best measured now.
+        call.connection.ping()
         if self.extended and "keepalive-time" not in state.config.given:
             call.connection.keepalive = BETWEEN_OURS
         state.metrics.grpc_connections.labels("Connect").inc()
@@ -247,6 +251,7 @@ class Backend:
             stop = run_end(view, start, size, offset)
             count = (stop - start) // size
             self._state.data_packets.from_agent.value += count
+            self.pace.note(connection, stop - start)
             window = connection.window
             if window is None or window.receive(size, count):
                 connection.run_from_agent(size, view[start:stop], offset)
@@ -329,6 +334,7 @@ class Backend:
         rest: tuple[Buffer, ...],
         payload: int,
     ) -> None:
+        self.pace.note(connection, size)
         window = connection.window
         if connection.agent_ended:
             self._reject("after_half_close", "DATA behind a HALF_CLOSE")

@@ -244,6 +244,7 @@ class Connection(ABC):
         """Pass on a DATA message as it is; the client's source is held for what must wait."""
         if self._client_ended or self.closing:
             return
+        self.backend.pace.note(self, size)
         self._state.data_packets.to_agent.value += 1
         before = self.to_agent.queued
         self._agent_stream.send(self.to_agent, size, head, rest)
@@ -385,7 +386,8 @@ class Connection(ABC):
         if self.closing and not self.to_agent.queued:
             return
         # What is still on its way to the agent may need that it is not stuck with what it sends.
-        size = window.grant(self.guard.queued, self._state.budget.limit)
+        line = self._agent_stream.connection.line.size
+        size = window.grant(self.guard.queued, self._state.budget.limit, line)
         if size:
             self.backend.send(Credit(self.connect_id, size))
 

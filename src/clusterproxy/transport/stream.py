@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 import trio
 
+from .pace import READ_SIZE, current_pace
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 Buffer = bytes | bytearray | memoryview
 _T = TypeVar("_T")
-
-#: Bytes asked of the kernel at once.
-READ_SIZE: Final = 512 * 1024
 
 # A MemoryBIO never shrinks, so it is written in slices and drained between them.
 _SLICE: Final = 64 * 1024
@@ -111,6 +110,7 @@ class Transport:
         "_last",
         "_more",
         "_out",
+        "_pace",
         "_plain",
         "_slice",
         "_unsent",
@@ -139,6 +139,7 @@ class Transport:
         self._cipher = _buffers.cipher
         self._plain = _buffers.plain
         self._slice = _buffers.slice
+        self._pace = current_pace()
         # Bytes of the last read, 0 if there was a checkpoint since.
         self._last = 0
         if context is not None:
@@ -264,12 +265,14 @@ class Transport:
           trio.ClosedResourceError: closed by another task meanwhile.
         """
         if self.tls is None:
-            received = await self._receive(self.sock.recv_into, self._plain)
+            places = self._plain[: self._pace.read_size]
+            received = await self._receive(self.sock.recv_into, places)
             return self._plain[:received]
         while not self._eof:
             received = 0
             if not self._more:
-                received = await self._receive(self.sock.recv_into, self._cipher)
+                places = self._cipher[: self._pace.read_size]
+                received = await self._receive(self.sock.recv_into, places)
                 self._eof = not received
             self._more = False
             plain = self._decrypt(received)

@@ -21,8 +21,14 @@ INITIAL_CREDIT: Final = 64 * 1024
 # How far behind the end of its credit a sender may begin a message: queues gather small ones.
 _SLACK: Final = 32 * 1024
 
-# What a consumer that keeps pace is granted at most.
-_MAX_WINDOW: Final = 4 * 1024 * 1024
+# What a consumer that keeps pace is granted, unless the line needs more.
+_SHORT_LINE: Final = 1024 * 1024
+
+# What it is granted at most.
+_MAX_WINDOW: Final = 16 * 1024 * 1024
+
+# Grants are gathered up to this, however large the window: what is gathered is not under way.
+_LARGE_GRANT: Final = 1024 * 1024
 
 # Windows grow by this factor, so it takes three grants to get to the maximum.
 _GROWTH: Final = 4
@@ -75,17 +81,18 @@ class Window:
         self.left -= size * count
         return allowed
 
-    def grant(self, queued: int, limit: int) -> int:
+    def grant(self, queued: int, limit: int, line: int = 0) -> int:
         """Return how much to grant now, 0 if it is not worth a packet.
 
-        *queued* bytes wait in our queue, *limit* bytes may.
+        *queued* bytes wait in our queue, *limit* bytes may; the line holds *line* bytes.
         """
         room = self.size - queued - self.left
-        if room < self.size // 4:
+        if room < min(self.size // 4, _LARGE_GRANT):
             return 0
         if not queued:
             # Nothing waits: it is the peer that does.
-            self.size = max(self.size, min(self.size * _GROWTH, _MAX_WINDOW, limit))
+            most = min(max(_SHORT_LINE, line), _MAX_WINDOW, limit)
+            self.size = max(self.size, min(self.size * _GROWTH, most))
         room = min(self.size, max(limit, INITIAL_CREDIT)) - queued - self.left
         if room <= 0:
             return 0
