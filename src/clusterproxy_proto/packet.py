@@ -229,9 +229,12 @@ def encode(packet: Packet) -> bytes:
             if not value:
                 continue
             if isinstance(value, int):
+                body.append(number << 3 | _VARINT)
+                if 0 < value < 128:
+                    body.append(value)
+                    continue
                 if not -(1 << 63) <= value < 1 << 63:
                     raise ValueError(f"{name} {value} is no int64")
-                body.append(number << 3 | _VARINT)
                 _append_varint(body, value)
             else:
                 raw = value.encode() if isinstance(value, str) else value

@@ -21,6 +21,7 @@ from h2.events import (
     ConnectionTerminated,
     DataReceived,
     Event,
+    PingAckReceived,
     PingReceived,
     RequestReceived,
     ResponseReceived,
@@ -83,8 +84,8 @@ LIMITS = Http2Limits(
 
 
 def comparable_events(received: Sequence[Event]) -> list[str]:
-    # These may pass by h2; what becomes of them is compared otherwise (payloads, output, windows).
-    passing = DataReceived | PingReceived | WindowUpdated
+    # These may pass by h2; what becomes of them is compared otherwise (payloads, output, answers, windows).
+    passing = DataReceived | PingReceived | PingAckReceived | WindowUpdated
     return [repr(event) for event in received if not isinstance(event, passing)]
 
 
@@ -106,6 +107,8 @@ class Ours(Wired):
 
         h2.increment_flow_control_window = note_credit  # type: ignore[method-assign, assignment]
         self.connection.handle = note_events  # type: ignore[method-assign]
+        self.answers: list[bytes] = []
+        self.connection.note_answer = lambda payload: self.answers.append(bytes(payload))  # type: ignore[method-assign]
 
     @property
     def amid_plain_data(self) -> bool:
@@ -146,6 +149,7 @@ class Plain:
         self.dead = False
         self.error: ErrorCodes | None = None
         self.events: list[str] = []
+        self.answers: list[bytes] = []
         self.sent = bytearray()
         self.pull()
 
@@ -167,6 +171,8 @@ class Plain:
             return
         self.events += comparable_events(received)
         for event in received:
+            if isinstance(event, PingAckReceived):
+                self.answers.append(event.ping_data)
             if isinstance(event, ConnectionTerminated):
                 if event.error_code != ErrorCodes.NO_ERROR:
                     self.dead = True
@@ -387,6 +393,7 @@ class Bench:
                 assert handler.reset is not None
                 assert handler.reset[0] == expected.reset[0]
         assert ours.events == plain.events
+        assert ours.answers == plain.answers
         assert comparable(ours.transport.sent) == comparable(plain.sent)
         if plain.dead:
             sent = parse_frames(ours.transport.sent.removeprefix(PREFACE))

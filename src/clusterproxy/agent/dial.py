@@ -23,6 +23,7 @@ from clusterproxy.agent.dialtext import (
     AddressError,
     errno_text,
     join_host_port,
+    parse_ip,
     parse_port,
     split_host_port,
 )
@@ -143,11 +144,13 @@ async def _targets(
     port = parse_port(network, service)
     if not host:
         return [Target(ip=None, port=port)]
-    ips: tuple[IP, ...] = ()
-    with trio.move_on_at(deadline) as scope:
-        ips = await resolver.resolve(host, source=source)
-    if scope.cancelled_caught:
-        raise LookupFailed(f"lookup {host}: i/o timeout", timed_out=True)
+    literal = parse_ip(host)
+    if literal is None:
+        ips = await _resolve(host, deadline, resolver, source)
+    else:
+        ips = (literal,)
+        # It may have been withdrawn already.
+        await trio.lowlevel.checkpoint_if_cancelled()
     if ips == (IP(IPv6Address(0)),):
         # Machines with half of IPv6 can bind :: but not connect to it (golang.org/issue/18806).
         ips = (*ips, IP(IPv4Address(0)))
@@ -156,6 +159,14 @@ async def _targets(
     if not ips:
         raise AddressError(f"address {host}: no suitable address found")
     return [Target(ip=ip, port=port) for ip in ips]
+
+
+async def _resolve(
+    host: str, deadline: float, resolver: Resolver, source: Hashable
+) -> tuple[IP, ...]:
+    with trio.move_on_at(deadline):
+        return await resolver.resolve(host, source=source)
+    raise LookupFailed(f"lookup {host}: i/o timeout", timed_out=True)
 
 
 async def _dial_parallel(

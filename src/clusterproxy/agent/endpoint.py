@@ -10,7 +10,7 @@ import trio
 
 from clusterproxy.http2.flow import Buffer, Flow
 from clusterproxy.transport.outbox import current_outbox
-from clusterproxy.transport.pace import current_pace
+from clusterproxy.transport.pace import Gait, current_pace
 from clusterproxy.transport.sink import ByteSink
 from clusterproxy.transport.stall import watch_stall
 from clusterproxy.transport.stream import Transport
@@ -68,6 +68,7 @@ class Endpoint(ABC):
         self._room = trio.Event()
         self._outbox = current_outbox()
         self._pace = current_pace()
+        self._gait = Gait()
 
     #: Why the connection is closed, if it was not by an orderly end.
     error = ""
@@ -109,7 +110,7 @@ class Endpoint(ABC):
 
     def receive(self, size: int, count: int = 1) -> bool:
         """Count messages of the server; return whether it was allowed to send them."""
-        self._pace.note(self, size * count)
+        self._gait.note(size * count)
         return self._window is None or self._window.receive(size, count)
 
     def grant(self) -> None:
@@ -245,7 +246,7 @@ class StreamEndpoint(Endpoint):
 
     def _send(self, reader: PacketReader, received: int) -> None:
         stream, sent = self._call.stream, self._state.data_packets.to_server
-        self._pace.note(self, received)
+        self._gait.note(received)
         full = reader.full(received)
         rest = reader.rest(received)
         self._spend(len(full) + len(rest))

@@ -32,7 +32,8 @@ _GREETING_S: Final = 20.0
 # How long after the announcement the end is final at the latest.
 _GOAWAY_S: Final = 5.0
 
-# RFC 9113 §6.7
+# What stands before the payload of a PING and of its answer, RFC 9113 §6.7.
+_PING: Final = b"\x00\x00\x08\x06\x00\x00\x00\x00\x00"
 _PING_ACK: Final = b"\x00\x00\x08\x06\x01\x00\x00\x00\x00"
 
 #: Opens the handler of a request: ``(stream, headers)``. Called by the reader: never waits.
@@ -325,13 +326,16 @@ class Http2Connection:
             if stream.waiting:
                 self.output.enqueue(stream)
 
-    def _on_ping_acknowledged(self, event: events.PingAckReceived) -> None:
-        ping = self._pings.pop(event.ping_data, None)
+    def note_answer(self, payload: memoryview) -> None:
+        ping = self._pings.pop(bytes(payload), None)
         if ping is None:
             return
         self.line.note_round_trip(self._last_read - ping.sent)
         if ping.acknowledged is not None:
             ping.acknowledged()
+
+    def _on_ping_acknowledged(self, event: events.PingAckReceived) -> None:
+        self.note_answer(memoryview(event.ping_data))
 
     def _on_goaway(self, event: events.ConnectionTerminated) -> None:
         if event.error_code != ErrorCode.NO_ERROR:
@@ -454,8 +458,8 @@ class Http2Connection:
         self._ping_count += 1
         payload = self._ping_count.to_bytes(8, "big")
         self._pings[payload] = _Ping(trio.current_time(), acknowledged)
-        self.h2.ping(payload)
         self.output.pull()
+        self.output.put(_PING + payload)
 
     def check_alive(self, now: float, interval: float, timeout: float) -> None:
         """Keep alive: PING after *interval* seconds of silence, end *timeout* seconds later."""

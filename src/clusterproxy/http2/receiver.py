@@ -26,6 +26,7 @@ _PREFACE_SIZE: Final = 24
 _DATA, _HEADERS, _SETTINGS, _PUSH_PROMISE, _PING, _CONTINUATION = 0x0, 0x1, 0x4, 0x5, 0x6, 0x9
 _WINDOW_UPDATE: Final = 0x8
 _PING_SIZE: Final = 8
+_ACK: Final = 0x1
 _INCREMENT: Final = 4
 
 # The stream of frames that concern the whole connection.
@@ -56,6 +57,9 @@ class FrameSink(Protocol):
 
     def answer_ping(self, payload: memoryview) -> None:
         """Acknowledge a PING."""
+
+    def note_answer(self, payload: memoryview) -> None:
+        """A PING of ours was acknowledged."""
 
     def window_opened(self, stream_id: int) -> None:
         """The peer has granted something on a stream, or (0) on the connection."""
@@ -191,11 +195,14 @@ class FrameReceiver:
         if self._sink.lost:
             return len(view)
         end = position + _HEADER_SIZE + size
-        if kind == _PING and size == _PING_SIZE and not flags and not self._header_block:
+        if kind == _PING and size == _PING_SIZE and flags <= _ACK and not self._header_block:
             start = position + _HEADER_SIZE
             if len(view) >= end and view[position + 5 : start] == _CONNECTION:
                 # grpc-go sends one for nearly every small message; through h2 each costs 40 µs.
-                self._sink.answer_ping(view[start:end])
+                if flags:
+                    self._sink.note_answer(view[start:end])
+                else:
+                    self._sink.answer_ping(view[start:end])
                 return end
         if kind == _WINDOW_UPDATE and size == _INCREMENT and not self._header_block:
             start = position + _HEADER_SIZE

@@ -10,7 +10,6 @@ import trio
 from clusterproxy.errors import RPCError
 from clusterproxy.grpc import PREFIX_SIZE, Status
 from clusterproxy.rpc.keepalive import BETWEEN_OURS
-from clusterproxy.transport.pace import current_pace
 from clusterproxy.tunnel.extension import accepted, offer
 from clusterproxy.tunnel.identifiers import Identifiers
 from clusterproxy.tunnel.messages import data_message
@@ -77,20 +76,23 @@ class Backend:
         self.started = trio.current_time()
         self.draining = False
         self.connections: dict[int, Connection] = {}
+        #: Without an answer, in the order in which they were sent, so that the first is the oldest.
         self.dials: dict[int, PendingDial] = {}
+        self._timed = False
         self._closing: dict[int, None] = {}
         self._reset: dict[int, None] = {}
         # Without a client any more, but with something that waits for the agent's credit.
         self._leaving: dict[int, Connection] = {}
         self._rejected = False
-        self.pace = current_pace()
-        self._retired = trio.Event()
+        self._retired = False
+        # Set when there is something for its task to do.
+        self._wake = trio.Event()
         # What is sent here is asked for by clients: it is not the agent's fault if it is much.
         call.stream.shared = True
         call.stream.schedule.account = state.note_buffered
         call.receive = self._receive
         call.receive_run = self._receive_run
-        call.on_half_close = self._retired.set
+        call.on_half_close = self._end
         call.on_close = self._on_close
         # At once: the agent waits for them, without a limit.
         call.send_initial_metadata(
@@ -109,8 +111,41 @@ class Backend:
         _log.info("agent connected", extra={"agent_id": self.agent_id})
 
     async def run(self) -> None:
-        """Serve until the agent ends its stream, or the backend is retired."""
-        await self._retired.wait()
+        """Serve until the agent ends its stream, or the backend is retired.
+
+        Meanwhile dials that get no answer are ended: one timer for all, for all have the same time.
+        """
+        while not self._retired:
+            self._wake = trio.Event()
+            with trio.move_on_at(self._expire()):
+                await self._wake.wait()
+
+    def _end(self) -> None:
+        self._retired = True
+        self._wake.set()
+
+    def await_answer(self, dial: PendingDial) -> None:
+        """Enter a dial in the table; it is ended when its time is over."""
+        self.dials[dial.wire_random] = dial
+        if not self._timed:
+            self._timed = True
+            self._wake.set()
+
+    def _expire(self) -> float:
+        """End the dials whose time is over; return when to look again."""
+        timeout, now = self._state.dial_timeout_s, trio.current_time()
+        while self.dials:
+            oldest = next(iter(self.dials.values()))
+            if oldest.started + timeout > now:
+                return oldest.started + timeout
+            try:
+                oldest.expire()
+            except Exception:
+                # Told to its client: a bug there is not the agent's.
+                self.dials.pop(oldest.wire_random, None)
+                _log.exception("bug at the end of a dial", extra={"agent_id": self.agent_id})
+        self._timed = False
+        return float("inf")
 
     def retire(self, reason: str) -> None:
         """Choose this stream no more, and end it."""
@@ -251,7 +286,7 @@ class Backend:
             stop = run_end(view, start, size, offset)
             count = (stop - start) // size
             self._state.data_packets.from_agent.value += count
-            self.pace.note(connection, stop - start)
+            connection.gait.note(stop - start)
             window = connection.window
             if window is None or window.receive(size, count):
                 connection.run_from_agent(size, view[start:stop], offset)
@@ -334,7 +369,7 @@ class Backend:
         rest: tuple[Buffer, ...],
         payload: int,
     ) -> None:
-        self.pace.note(connection, size)
+        connection.gait.note(size)
         window = connection.window
         if connection.agent_ended:
             self._reject("after_half_close", "DATA behind a HALF_CLOSE")

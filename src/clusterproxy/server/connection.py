@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from clusterproxy.http2.flow import Buffer, Flow
+from clusterproxy.transport.pace import Gait
 from clusterproxy.transport.stall import watch_stall
 from clusterproxy.tunnel.budget import Guard, Queue
 from clusterproxy.tunnel.extension import Allowance, Window
@@ -84,7 +85,6 @@ class PendingDial:
     """
 
     __slots__ = (
-        "_answered",
         "_sent_before",
         "_sequence",
         "_state",
@@ -106,10 +106,9 @@ class PendingDial:
         self.wire_random = request.random
         self.address = request.address
         self.started = trio.current_time()
-        self._answered = trio.Event()
         while self.wire_random in backend.dials:
             self.wire_random = secrets.randbits(63)
-        backend.dials[self.wire_random] = self
+        backend.await_answer(self)
         state.metrics.pending_backend_dials.inc()
         if self.wire_random != request.random:
             request = DialRequest(request.protocol, request.address, self.wire_random)
@@ -117,8 +116,6 @@ class PendingDial:
         self._sent_before = backend.sent
         backend.call.send(encode(Packet.of(request)))
         self._sequence = backend.call.stream.schedule.urgent_put
-        if state.dial_timeout_s < float("inf"):
-            client.spawn(self._expire)
 
     @property
     def unsent(self) -> bool:
@@ -136,7 +133,6 @@ class PendingDial:
         if not self.pending:
             return False
         del self.backend.dials[self.wire_random]
-        self._answered.set()
         self._state.metrics.pending_backend_dials.dec()
         return True
 
@@ -157,10 +153,8 @@ class PendingDial:
             # As upstream: a Go agent ignores what it is told.
             self.remove()
 
-    async def _expire(self) -> None:
-        with trio.move_on_after(self._state.dial_timeout_s):
-            await self._answered.wait()
-            return
+    def expire(self) -> None:
+        """The time for an answer is over."""
         unsent = self.unsent
         if not self.remove():
             return
@@ -187,6 +181,7 @@ class Connection(ABC):
     Attributes:
       closing: the agent was asked to close, or has closed.
       agent_ended: the service will send no more.
+      gait: notes what comes, from either side.
     """
 
     __slots__ = (
@@ -199,6 +194,7 @@ class Connection(ABC):
         "backend",
         "closing",
         "connect_id",
+        "gait",
         "guard",
         "started",
         "to_agent",
@@ -215,6 +211,7 @@ class Connection(ABC):
         self.closing = False
         self.started = trio.current_time()
         self._client_ended = self.agent_ended = False
+        self.gait = Gait()
         self.to_agent = Flow(self._drained_to_agent)
         self._agent_stream = stream = dial.backend.call.stream
         if dial.backend.extended:
@@ -244,7 +241,7 @@ class Connection(ABC):
         """Pass on a DATA message as it is; the client's source is held for what must wait."""
         if self._client_ended or self.closing:
             return
-        self.backend.pace.note(self, size)
+        self.gait.note(size)
         self._state.data_packets.to_agent.value += 1
         before = self.to_agent.queued
         self._agent_stream.send(self.to_agent, size, head, rest)

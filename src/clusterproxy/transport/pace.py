@@ -21,35 +21,58 @@ SHORT_WINDOW: Final = 384 * 1024
 _BULK: Final = 16 * 1024
 _LITTLE: Final = 4 * 1024
 
-# How long somebody who sent little is expected to do so again.
-_HURRY_S: Final = 0.5
+# How long somebody who sent little, or much, is expected to do so again.
+_AGAIN_S: Final = 0.5
 
 
 class Pace:
     """Who sends what in one event loop, and what follows from it."""
 
-    __slots__ = ("_bulk", "_until")
+    __slots__ = ("_bulk_until", "_hurried_until")
 
     def __init__(self) -> None:
-        self._bulk = 0
-        self._until = 0.0
-
-    def note(self, who: object, size: int) -> None:
-        """Note that a connection has sent *size* bytes at once."""
-        if size >= _BULK:
-            self._bulk = id(who)
-        elif size < _LITTLE and self._bulk and self._bulk != id(who):
-            self._until = trio.current_time() + _HURRY_S
+        self._bulk_until = self._hurried_until = 0.0
 
     @property
     def hurried(self) -> bool:
         """Whether short answers are waited for beside bulk data."""
-        return bool(self._until) and trio.current_time() < self._until
+        return bool(self._hurried_until) and trio.current_time() < self._hurried_until
 
     @property
     def read_size(self) -> int:
         """Bytes that may be read at once."""
         return _SHORT_READ if self.hurried else READ_SIZE
+
+    def note_bulk(self, now: float) -> None:
+        """Note that some connection has much to send."""
+        self._bulk_until = now + _AGAIN_S
+
+    def note_little(self, now: float) -> None:
+        """Note that a connection has little to send, and surely waits for an answer."""
+        if now < self._bulk_until:
+            self._hurried_until = now + _AGAIN_S
+
+
+class Gait:
+    """How one proxied connection sends, in both directions."""
+
+    __slots__ = ("_bulk_until", "_pace")
+
+    def __init__(self) -> None:
+        self._pace = current_pace()
+        self._bulk_until = 0.0
+
+    def note(self, size: int) -> None:
+        """Note that *size* bytes came at once."""
+        if size >= _BULK:
+            now = trio.current_time()
+            self._bulk_until = now + _AGAIN_S
+            self._pace.note_bulk(now)
+        elif size < _LITTLE:
+            now = trio.current_time()
+            # What little comes of bulk data, or the other way, is a part of it.
+            if now >= self._bulk_until:
+                self._pace.note_little(now)
 
 
 _pace: trio.lowlevel.RunVar[Pace] = trio.lowlevel.RunVar("clusterproxy.pace")

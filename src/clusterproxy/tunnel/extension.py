@@ -22,7 +22,7 @@ INITIAL_CREDIT: Final = 64 * 1024
 _SLACK: Final = 32 * 1024
 
 # What a consumer that keeps pace is granted, unless the line needs more.
-_SHORT_LINE: Final = 1024 * 1024
+_SHORT_LINE: Final = 4 * 1024 * 1024
 
 # What it is granted at most.
 _MAX_WINDOW: Final = 16 * 1024 * 1024
