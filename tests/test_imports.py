@@ -29,8 +29,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "clusterproxy.server": PROGRAM,
     "clusterproxy.agent": PROGRAM,
     "clusterproxy.client": PROGRAM,
+    "clusterproxy.bench": PROGRAM | {"clusterproxy.client"},
     "clusterproxy.cli": PROGRAM
-    | {"clusterproxy.server", "clusterproxy.agent", "clusterproxy.client"},
+    | {"clusterproxy.server", "clusterproxy.agent", "clusterproxy.client", "clusterproxy.bench"},
     "clusterproxy.__main__": {"clusterproxy.cli"},
     # Names of the client library, which are loaded when they are used.
     "clusterproxy": {"clusterproxy.client"},
@@ -46,6 +47,7 @@ ONE_MODULE_ONLY = (
     # Optional: who does not use the adapter need not have it.
     {"httpcore", "httpx"},
     {"anyio"},
+    {"matplotlib"},
 )
 
 

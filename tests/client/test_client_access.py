@@ -23,6 +23,7 @@ from clusterproxy import (
     Server,
     open_tunnel,
 )
+from clusterproxy.client.access import Credentials
 from clusterproxy.http2.limits import Http2Limits
 from clusterproxy.rpc.server import RpcServer
 from clusterproxy.transport.stream import Transport
@@ -292,3 +293,13 @@ async def test_changed_files_are_used_for_the_next_connection(files: Files) -> N
             await tunnel.dial("target:80")
         assert isinstance(caught.value.__cause__, ConnectError)
         assert "check the client's cert and key" in str(caught.value)
+
+
+def test_tunnels_with_the_same_files_read_them_once(files: Files) -> None:
+    server = Server(host="localhost", port=8090)
+
+    def context(*alpn: str) -> ssl.SSLContext:
+        return Credentials(files.tls, server, alpn).current()
+
+    assert context("h2") is context("h2")
+    assert context("h2") is not context("http/1.1")

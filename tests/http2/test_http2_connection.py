@@ -6,9 +6,11 @@ import gc
 import weakref
 from typing import TYPE_CHECKING, cast
 
+import attrs
 import hpack
 import pytest
 import trio
+import trio.testing
 from h2.errors import ErrorCodes
 from h2.exceptions import TooManyStreamsError
 from h2_peers import (
@@ -51,9 +53,10 @@ from hyperframe.frame import (
 
 from clusterproxy.http2.connection import Http2Connection
 from clusterproxy.http2.flow import QUANTUM, Flow
-from clusterproxy.http2.limits import Http2Limits
+from clusterproxy.http2.limits import Growth, Http2Limits
 from clusterproxy.http2.stream import Stream
 from clusterproxy.transport.outbox import current_outbox
+from clusterproxy.transport.pace import SHORT_WINDOW, Gait
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -366,6 +369,89 @@ async def test_a_peer_that_can_hardly_send_is_granted_less() -> None:
     assert granted(wired.take_sent(), 1) == 0
     stream.release(1)
     assert granted(wired.take_sent(), 1) == 50_000
+
+
+async def send_over_a_line(wired: Wired, *stream_ids: int, windows: int, round_trip: float) -> None:
+    """Fill the window of each stream so many times, and answer PINGs a round trip later."""
+    for _ in range(windows):
+        for stream_id in stream_ids:
+            left = wired.stream(stream_id).h2.inbound_flow_control_window
+            while left > 0:
+                wired.receive(data(stream_id, bytes(min(left, 16_384))))
+                left -= 16_384
+        await trio.sleep(round_trip)
+        answer_pings(wired)
+
+
+def growing(*, left: int = 1_000_000) -> Http2Limits:
+    return attrs.evolve(SMALL, max_window=400_000, connection_window=2_000_000, growth=Growth(left))
+
+
+async def test_a_window_grows_to_what_a_long_line_holds(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    limits = growing()
+    wired, _ = server(limits=limits)
+    await send_over_a_line(wired, 1, windows=3, round_trip=0.1)
+    assert SMALL.window < wired.stream(1).window < 400_000
+    await send_over_a_line(wired, 1, windows=60, round_trip=0.1)
+    assert wired.stream(1).window == limits.max_window
+    assert wired.connection.lost is None
+
+
+async def test_a_window_stays_small_where_the_line_is_short(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Answers that come late because they wait behind the data do not make the line longer."""
+    wired, _ = server(limits=growing())
+    wired.connection.ping()
+    await trio.sleep(0.001)
+    answer_pings(wired)
+    await send_over_a_line(wired, 1, windows=20, round_trip=0.1)
+    assert wired.stream(1).window == SMALL.window
+
+
+async def test_windows_grow_within_a_budget_and_give_it_back(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    limits = growing(left=100_000)
+    wired, _ = server(2, limits=limits)
+    await send_over_a_line(wired, 1, 3, windows=20, round_trip=0.1)
+    grown = sum(wired.stream(number).window - SMALL.window for number in (1, 3))
+    assert grown == 100_000
+    assert limits.growth.left == 0
+    for number in (1, 3):
+        wired.connection.reset_stream(wired.stream(number), ErrorCodes.CANCEL)
+    assert limits.growth.left == 100_000
+
+
+async def test_one_connection_does_not_take_all_growth(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    limits = growing()
+    wired, _ = server(4, limits=limits)
+    await send_over_a_line(wired, 1, 3, 5, 7, windows=20, round_trip=0.1)
+    assert limits.growth.left == 1_000_000 - limits.max_window
+
+
+async def test_little_is_under_way_while_somebody_waits_for_a_short_answer(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    mib = 1 << 20
+    limits = Http2Limits(window=4 * mib, max_window=0)
+    wired, _ = server(limits=limits)
+    bulk, keys = Gait(), Gait()
+    bulk.note(mib)
+    keys.note(10)
+    for _ in range(400):
+        wired.receive(data(1, bytes(16_384)))
+        if wired.stream(1).h2.inbound_flow_control_window < 16_384:
+            break
+    h2 = wired.stream(1).h2
+    assert h2.inbound_flow_control_window <= SHORT_WINDOW
+    await trio.sleep(1.0)
+    wired.receive(data(1, bytes(16_384)))
+    assert h2.inbound_flow_control_window == limits.window
 
 
 async def test_nothing_is_granted_once_the_peer_has_ended() -> None:

@@ -15,17 +15,8 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from clusterproxy.cli.demo import keep_running
-from clusterproxy.cli.demo_stage import (
-    GREETING,
-    HUB_LINK,
-    LOOPBACK,
-    NAMESPACE,
-    PORTS,
-    DemoError,
-    Program,
-    output_of,
-)
+from clusterproxy.cli.children import LOOPBACK, Program, StageError, keep_running
+from clusterproxy.cli.demo_stage import GREETING, HUB_LINK, NAMESPACE, PORTS, output_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -135,12 +126,10 @@ def test_a_taken_port_is_named(environment: dict[str, str]) -> None:
 async def test_a_program_that_ends_is_reported_with_its_last_words(tmp_path: Path) -> None:
     program = Program(
         name="short-lived",
-        where="",
-        does="",
         command=(sys.executable, "-c", "import sys; sys.exit('no such flag')"),
     )
     with (
         trio.fail_after(20),
-        pytest.raises(DemoError, match="short-lived: ended with status 1\n  no such flag"),
+        pytest.raises(StageError, match="short-lived: ended with status 1\n  no such flag"),
     ):
         await keep_running(program, tmp_path)

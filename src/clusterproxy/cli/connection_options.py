@@ -43,6 +43,10 @@ class ServerAccess:
     timeout_s: float
 
 
+class NoServerError(click.UsageError):
+    """Nobody says which server."""
+
+
 class ContextOptions(TypedDict):
     """The values of :func:`context_options`."""
 
@@ -148,7 +152,7 @@ def server_access(**options: Unpack[ConnectionOptions]) -> ServerAccess:
     """Put together what options and environment say (click does that), and the config file below them.
 
     Raises:
-      click.UsageError: nobody says which server.
+      NoServerError: nobody says which server.
       ConfigFileError: the file is wrong or lacks the context.
     """
     file = context_values(options)
@@ -158,7 +162,7 @@ def server_access(**options: Unpack[ConnectionOptions]) -> ServerAccess:
 
     server = value(options["server"], "server")
     if not server:
-        raise click.UsageError(
+        raise NoServerError(
             "Which server? Give --server HOST:PORT, set CLUSTERPROXY_SERVER, or name one in "
             f"{options['config'] or default_path()}."
         )

@@ -16,20 +16,17 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.request import urlopen
 
 import attrs
 import click
 import trio
 
+from .children import LOOPBACK, StageError, agent_is_connected, keep_running, wait_for_agent
 from .demo_stage import (
     GREETING,
-    LOOPBACK,
     PORTS,
-    DemoError,
     ManagedSide,
     Ports,
-    Program,
     Server,
     connect_command,
     go_command,
@@ -42,7 +39,6 @@ from .demo_stage import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Sequence
 
-READY_TIMEOUT_S = 30
 REQUEST_TIMEOUT_S = 10
 
 
@@ -57,61 +53,14 @@ class DemoConfig:
     """The built `conformance/cmd/democlient`, if there is one."""
 
 
-async def _stop(process: trio.Process) -> None:
-    # An agent drains at the first signal and leaves at the second.
-    for _ in range(2):
-        process.terminate()
-        with trio.move_on_after(1):
-            await process.wait()
-            return
-    process.kill()
-
-
-async def keep_running(
-    program: Program,
-    directory: Path,
-    *,
-    task_status: trio.TaskStatus[trio.Process] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """Run *program* in *directory*, with its output in a file there; cancellation stops it.
-
-    Raises:
-        DemoError: it ended by itself.
-    """
-    log = directory / f"{program.name.replace(', ', '-')}.log"
-    with log.open("wb") as output:
-        # Its own process group: the terminal's Ctrl-C is for the demo, which stops its children.
-        ended = await trio.run_process(
-            program.command,
-            cwd=directory,
-            stdout=output,
-            stderr=output,
-            check=False,
-            deliver_cancel=_stop,
-            process_group=0,
-            task_status=task_status,
-        )
-    last_lines = "\n  ".join(log.read_text(errors="replace").splitlines()[-5:])
-    raise DemoError(f"{program.name}: ended with status {ended.returncode}\n  {last_lines}")
-
-
 async def _until_ready(server: Server, directory: Path) -> None:
     """Wait until the service listens and an agent is connected to *server*."""
 
     def is_ready() -> bool:
-        try:
-            with urlopen(f"http://{LOOPBACK}:{server.health_port}/readyz", timeout=2) as answer:
-                agent_is_there = answer.status == http.client.OK
-        except OSError:  # not listening, or 5xx
-            return False
-        return agent_is_there and "Serving" in (directory / "service.log").read_text()
+        service_listens = "Serving" in (directory / "service.log").read_text()
+        return service_listens and agent_is_connected(server.health_port)
 
-    with trio.move_on_after(READY_TIMEOUT_S):
-        # Other processes get ready: there is no event to wait for.
-        while not await trio.to_thread.run_sync(is_ready):  # noqa: ASYNC110
-            await trio.sleep(0.1)
-        return
-    raise DemoError(f"no agent reached the {server.mode} server within {READY_TIMEOUT_S} s")
+    await wait_for_agent(is_ready, server.mode, directory / "agent.log")
 
 
 def _curl_speaks_to_https_proxies() -> bool:
@@ -236,7 +185,7 @@ async def run_demo(config: DemoConfig) -> bool:
     """Start everything, show it, wait for a signal if *config* says so; return whether all is well.
 
     Raises:
-        DemoError: a program ended by itself or did not get ready, or something is missing.
+        StageError: a program ended by itself or did not get ready, or something is missing.
 
     Cancellation, and SIGINT and SIGTERM likewise, stop all children and remove what was made.
     """
@@ -268,7 +217,7 @@ async def run_demo(config: DemoConfig) -> bool:
                     _show_lines_to_try(config, directory, side)
                     await trio.sleep_forever()
                 nursery.cancel_scope.cancel()
-    except* DemoError as errors:
+    except* StageError as errors:
         raise errors.exceptions[0] from None
     return good
 
@@ -297,9 +246,6 @@ def demo(port: int, once: bool, go_client: Path | None) -> None:
     click.echo("A client on the hub, a service in a managed cluster, and between them a tunnel")
     click.echo("that the cluster's agent has dialled:\n")
     click.echo("  client ──▶ proxy server ◀── agent ──▶ service")
-    try:
-        config.ports.check()
-        good = trio.run(run_demo, config)
-    except DemoError as error:
-        raise click.ClickException(str(error)) from None
+    config.ports.check()
+    good = trio.run(run_demo, config)
     sys.exit(0 if good else 1)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from .children import LOOPBACK, Program, StageError, write_certificates
+
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
     from pathlib import Path
@@ -22,13 +24,8 @@ HUB_ADDRESS = "198.18.77.1"
 AGENT_ADDRESS = "198.18.77.2"
 SERVICE_ADDRESS = "198.18.78.2"
 SERVICE_PORT = 8080
-LOOPBACK = "127.0.0.1"
 GREETING = "Hello from the managed cluster!"
 PORTS = 11
-
-
-class DemoError(Exception):
-    """The demo cannot go on; the message says why."""
 
 
 @attrs.frozen(kw_only=True)
@@ -95,7 +92,7 @@ class Ports:
         )
 
     def check(self) -> None:
-        """Raise DemoError if one of them is taken."""
+        """Raise StageError if one of them is taken."""
         for port in range(self.first, self.first + PORTS):
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -103,7 +100,7 @@ class Ports:
                     probe.bind((LOOPBACK, port))
                 except OSError as error:
                     message = f"port {port}: {error.strerror}; choose others with --port"
-                    raise DemoError(message) from error
+                    raise StageError(message) from error
 
 
 def output_of(*command: str) -> str:
@@ -180,41 +177,28 @@ def write_files(directory: Path, server_address: str) -> None:
     Each identity is one PEM file with its key.
 
     Raises:
-        DemoError: trustme is not installed.
+        StageError: trustme is not installed.
     """
-    try:
-        import trustme
-    except ImportError as error:
-        message = "the demo makes its certificates with trustme: pip install 'clusterproxy[demo]'"
-        raise DemoError(message) from error
-
     site = directory / "site"
     site.mkdir()
     (site / "index.html").write_text(GREETING + "\n")
-    for ca_name, identities in (
-        ("frontend", {"frontend-server": LOOPBACK, "client": "client.example"}),
-        ("cluster", {"cluster-server": server_address, "agent": "agent.example"}),
-    ):
-        ca = trustme.CA(organization_name=f"clusterproxy demo, {ca_name} CA")
-        ca.cert_pem.write_to_path(str(directory / f"{ca_name}-ca.pem"))
-        for name, identity in identities.items():
-            path = directory / f"{name}.pem"
-            path.touch(mode=0o600)
-            ca.issue_cert(identity).private_key_and_cert_chain_pem.write_to_path(str(path))
+    authorities = {
+        "frontend": {"frontend-server": LOOPBACK, "client": "client.example"},
+        "cluster": {"cluster-server": server_address, "agent": "agent.example"},
+    }
+    write_certificates(directory, "demo", authorities)
 
 
 @attrs.frozen(kw_only=True)
-class Program:
-    """A child process that runs as long as the demo, in the demo's directory."""
+class Actor(Program):
+    """A program of the demo, and what a person is told about it."""
 
-    name: str
     where: str
     does: str
-    command: tuple[str, ...]
 
 
-def _server(server: Server, side: ManagedSide) -> Program:
-    return Program(
+def _server(server: Server, side: ManagedSide) -> Actor:
+    return Actor(
         name=f"server, {server.mode}",
         where="this machine",
         does=f"{LOOPBACK}:{server.port} for clients, {side.server_address}:{server.agent_port} for agents",
@@ -238,10 +222,10 @@ def _server(server: Server, side: ManagedSide) -> Program:
     )  # fmt: skip
 
 
-def programs(side: ManagedSide, ports: Ports) -> Iterator[Program]:
+def programs(side: ManagedSide, ports: Ports) -> Iterator[Actor]:
     """Yield the service, the two servers, and the agent that connects to both."""
     host, _, port = side.service.rpartition(":")
-    yield Program(
+    yield Actor(
         name="service",
         where=side.name,
         does=f"http://{side.service}/",
@@ -254,7 +238,7 @@ def programs(side: ManagedSide, ports: Ports) -> Iterator[Program]:
     servers = [
         f"{side.server_address}:{server.agent_port}" for server in (ports.grpc, ports.connect)
     ]
-    yield Program(
+    yield Actor(
         name="agent",
         where=side.name,
         does=f"dials {' and '.join(servers)}",

@@ -28,7 +28,7 @@ class _GoCommand(click.Command):
 # proxies' images have no need of them, and one need not wait for all of them to run one.
 _COMMANDS = {
     name: name.replace("-", "_")
-    for name in ("completion", "demo", "dial", "forward", "http-proxy", "socks", "status")
+    for name in ("bench", "completion", "demo", "dial", "forward", "http-proxy", "socks", "status")
 }
 
 

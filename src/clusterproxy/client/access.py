@@ -6,6 +6,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
+from weakref import WeakKeyDictionary
 
 import attrs
 
@@ -66,6 +67,8 @@ class Server:
 class ClientTLS:
     """What mutual TLS with a proxy server needs. Changed files are used from the next connection on.
 
+    Tunnels that are opened with the same object share what was read from its files.
+
     Attributes:
       ca_cert: the file of the CAs that the server's certificate may be of; empty: the system's.
       cert, key: the files of the client's certificate and its key; empty: none.
@@ -76,6 +79,25 @@ class ClientTLS:
     cert: str | os.PathLike[str] = ""
     key: str | os.PathLike[str] = ""
     server_name: str = ""
+
+
+# To read certificates takes a millisecond, which is much for a tunnel of one connection.
+_contexts: WeakKeyDictionary[ClientTLS, dict[tuple[str, ...], ReloadingContext]] = (
+    WeakKeyDictionary()
+)
+
+
+def _contexts_of(tls: ClientTLS, alpn: Sequence[str]) -> ReloadingContext:
+    """Return the TLS contexts of connections that offer *alpn*; raises ConfigError."""
+    known = _contexts.setdefault(tls, {})
+    contexts = known.get(tuple(alpn))
+    if contexts is None:
+        ca, cert, key = (os.fspath(path) for path in (tls.ca_cert, tls.cert, tls.key))
+        contexts = known[tuple(alpn)] = ReloadingContext(
+            lambda: client_context(ca=ca or None, cert=cert, key=key, alpn=alpn),
+            [path for path in (ca, cert, key) if path],
+        )
+    return contexts
 
 
 class Credentials:
@@ -96,11 +118,7 @@ class Credentials:
             return
         self._own = None
         self.server_name = tls.server_name or self.server_name
-        ca, cert, key = (os.fspath(path) for path in (tls.ca_cert, tls.cert, tls.key))
-        self._files = ReloadingContext(
-            lambda: client_context(ca=ca or None, cert=cert, key=key, alpn=alpn),
-            [path for path in (ca, cert, key) if path],
-        )
+        self._files = _contexts_of(tls, alpn)
 
     def current(self) -> ssl.SSLContext:
         """Return the context for the next connection."""

@@ -102,6 +102,7 @@ class Http2Connection:
         self._outbox = current_outbox()
         self.line = Line()
         self._received = 0
+        self._grown = 0
         self._receiver = FrameReceiver(self, self.h2, limits, client=client)
         self._unsettled: dict[Stream, None] = {}
         self._resets = Meter(limits.max_resets_per_s, 5 * limits.max_resets_per_s)
@@ -438,6 +439,17 @@ class Http2Connection:
         if not self.lost:
             self.h2.increment_flow_control_window(size, stream.id)
             self.output.pull()
+
+    def grow(self, size: int) -> int:
+        """Take up to *size* bytes for a stream's window; no connection gets more than one line's worth."""
+        more = self.limits.growth.take(min(size, self.limits.max_window - self._grown))
+        self._grown += more
+        return more
+
+    def shrink(self, size: int) -> None:
+        """Give back what was taken."""
+        self._grown -= size
+        self.limits.growth.give_back(size)
 
     def measure(self) -> None:
         """See how much the line holds, unless that was done a moment ago."""

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
+# A window must hold more than what is under way: a batch is granted again only once it is dispatched,
+# and a measurement, which begins with such a grant, sees the less of the window.
+_FACTOR: Final = 3
+
 # Between two measurements that change nothing, in seconds.
 _REST_S: Final = 0.25
 
@@ -16,7 +20,7 @@ class Line:
     what waits in queues, and windows that follow it make the queues longer.
 
     Attributes:
-      size: twice the bytes under way when the line is full; 0 before the first measurement.
+      size: the window in bytes that fills the line; 0 before the first measurement.
     """
 
     __slots__ = ("_begun", "_mark", "_measuring", "_next", "_rate", "_round_trip", "size")
@@ -50,4 +54,4 @@ class Line:
             self._rate = rate
         else:
             self._next = now + _REST_S
-        self.size = int(2 * self._rate * min(self._round_trip, elapsed))
+        self.size = int(_FACTOR * self._rate * min(self._round_trip, elapsed))

@@ -261,7 +261,7 @@ class Stream:
             return
         wanted = min(line.size, limits.max_window) - self.window
         if wanted > 0:
-            more = limits.growth.take(wanted)
+            more = self.connection.grow(wanted)
             self.window += more
             self.low = self.window - _gathered(self.window)
             room += more
@@ -272,9 +272,9 @@ class Stream:
     def close(self) -> None:
         """The stream is gone: forget what waits, and what the window had grown by."""
         self.schedule.clear()
-        limits = self.connection.limits
-        limits.growth.give_back(self.window - limits.window)
-        self.window = limits.window
+        initial = self.connection.limits.window
+        self.connection.shrink(self.window - initial)
+        self.window = initial
 
 
 def _gathered(window: int) -> int:

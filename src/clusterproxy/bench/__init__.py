@@ -1,0 +1,1 @@
+"""A load for tunnels, and what comes of it: ``clusterproxy bench`` without the terminal."""
