@@ -207,6 +207,9 @@ class StreamEndpoint(Endpoint):
             self._transport.close()
             self.sink.discard()
             self._note_queue()
+            # Cycles of references would keep all of it until the garbage collector comes by.
+            self.sink.dispose()
+            self.to_server.on_drain = None
 
     async def _copy(self) -> None:
         transport, outbox = self._transport, self._outbox

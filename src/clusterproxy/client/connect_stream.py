@@ -69,7 +69,7 @@ class ConnectStream(HalfCloseableTunnelStream):
                     self._check_open()
                     raise
                 self._eof_received = not view
-                if not view and self._transport.tls is not None:
+                if not view and self._transport.secure:
                     self._check_end()
                 if len(view) <= limit:
                     return bytes(view)

@@ -109,7 +109,7 @@ class ConnectTunnel(Tunnel):
         transport.close()
         if not fresh:
             return None
-        raise lost_at_start(config.server, lost, tls=transport.tls is not None)
+        raise lost_at_start(config.server, lost, tls=transport.secure)
 
     def _connected(self, transport: Transport, address: str, early: bytes) -> ConnectStream:
         self._set_status("ok", 1)

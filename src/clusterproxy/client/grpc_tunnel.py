@@ -32,6 +32,9 @@ _log = logging.getLogger("clusterproxy.client")
 
 _PATH: Final = "/ProxyService/Proxy"
 
+# Of each stream. A smaller one makes smaller batches.
+_WINDOW: Final = 4 * 1024 * 1024
+
 # grpc-go servers end the connection of a client that PINGs more often than every five minutes, or
 # without a stream (keepalive.EnforcementPolicy). A tenth more, for clocks differ.
 _GO_KEEPALIVE_S: Final = 330.0
@@ -56,7 +59,7 @@ class GrpcTunnel(Tunnel):
     def __init__(self, config: TunnelConfig, nursery: trio.Nursery) -> None:
         super().__init__(config)
         self._nursery = nursery
-        self._limits = Http2Limits()
+        self._limits = Http2Limits(window=_WINDOW)
         self._current: Http2Connection | None = None
         self._connections: dict[Http2Connection, Transport] = {}
         self._calls: set[ProxyCall] = set()
@@ -138,7 +141,7 @@ class GrpcTunnel(Tunnel):
         if connection.at_fault:
             raise no_http2(config.server, connection.lost or "")
         if connection.lost:
-            raise lost_at_start(config.server, connection.lost, tls=transport.tls is not None)
+            raise lost_at_start(config.server, connection.lost, tls=transport.secure)
         return connection
 
     async def _run(

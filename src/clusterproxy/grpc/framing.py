@@ -40,6 +40,10 @@ class FramingError(ProtocolError):
         self.status = status
 
 
+def _nobody(_size: int, _head: memoryview, _rest: tuple[memoryview, ...]) -> None:
+    """Take a message for which there is nobody any more."""
+
+
 def prefix(size: int) -> bytes:
     """Return the prefix of an uncompressed message of *size* bytes."""
     return _PREFIX.pack(0, size)
@@ -149,6 +153,11 @@ class MessageAssembler:
         if len(pieces[0]) < _HEAD and len(pieces) > 1:
             pieces = [memoryview(b"".join(pieces))]
         self._sink(size, pieces[0], tuple(pieces[1:]))
+
+    def stop(self) -> None:
+        """Hand nothing on any more, and forget who it was for."""
+        self._sink, self._run_sink = _nobody, None
+        self._pieces.clear()
 
     def settle(self) -> None:
         """Copy what was lent and belongs to an unfinished message."""

@@ -189,6 +189,10 @@ class Adapter(H2Connection):
         frame = GoAwayFrame(0, last_stream_id=last, error_code=code, additional_data=debug)
         self._data_to_send += frame.serialize()
 
+    def dispose(self) -> None:
+        """Take nothing more: h2's table of its own methods is a cycle of references."""
+        self._frame_dispatch_table.clear()
+
     # -- small conveniences ------------------------------------------------------------------------
 
     def receive(self, data: bytes | memoryview) -> list[Event]:

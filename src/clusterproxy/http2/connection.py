@@ -103,8 +103,8 @@ class Http2Connection:
         self.line = Line()
         self._received = 0
         self._grown = 0
-        self._receiver = FrameReceiver(self, self.h2, limits, client=client)
-        self._unsettled: dict[Stream, None] = {}
+        self._receiver = FrameReceiver(self.h2, limits, client=client)
+        self._unsettled: dict[StreamHandler, None] = {}
         self._resets = Meter(limits.max_resets_per_s, 5 * limits.max_resets_per_s)
         self._pings: dict[bytes, _Ping] = {}
         self._ping_count = 0
@@ -164,7 +164,7 @@ class Http2Connection:
         receiver.moved += sent - self._sent
         self._sent = sent
         try:
-            receiver.receive(view, self._last_read)
+            receiver.receive(self, view, self._last_read)
         except H2Error as error:
             self.output.pull()
             self.at_fault = True
@@ -172,9 +172,8 @@ class Http2Connection:
             if limit is not None:
                 self.note_limit(limit)
             self.fail(f"protocol error: {error}")
-        for stream in self._unsettled:
-            if stream.handler is not None:
-                stream.handler.settle()
+        for handler in self._unsettled:
+            handler.settle()
         self._unsettled.clear()
         if self.lost:
             return
@@ -201,6 +200,11 @@ class Http2Connection:
             self._receiver.plain.clear()
             for stream in list(self.streams.values()):
                 self._forget(stream, ErrorCode.CANCEL, self.lost, tell=True)
+        # Cycles of references would keep all of it until the garbage collector comes by.
+        self._on_request = self._on_limit = self.on_idle = None
+        self._pings.clear()
+        self.output.dispose()
+        self.h2.dispose()
 
     def fail(self, reason: str, code: ErrorCode | None = None) -> None:
         """End the connection, with a GOAWAY if there is a *code*; streams are told by the reader."""
@@ -230,7 +234,7 @@ class Http2Connection:
     def deliver(self, stream: Stream, view: memoryview) -> None:
         handler = stream.handler
         if handler is not None and handler.on_data(view):
-            self._unsettled[stream] = None
+            self._unsettled[handler] = None
 
     def handle(self, received: Sequence[events.Event]) -> None:
         for event in received:
@@ -422,8 +426,9 @@ class Http2Connection:
         self._receiver.thirsty.pop(stream, None)
         self.output.forget(stream)
         self.h2.retire(stream.id)
-        if tell and stream.handler is not None:
-            stream.handler.on_reset(code, reason)
+        handler, stream.handler = stream.handler, None
+        if tell and handler is not None:
+            handler.on_reset(code, reason)
         stream.close()
         self._check_idle()
 

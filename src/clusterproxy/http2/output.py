@@ -33,6 +33,10 @@ _RECORD: Final = 16_384
 _HIGH_WATER: Final = 512 * 1024
 
 
+def _nobody(_: object) -> None:
+    """The connection is over."""
+
+
 class Output:
     """Writes a connection's frames without waiting.
 
@@ -250,3 +254,7 @@ class Output:
                 self._transport.send(self._frames)
         self._frames = []
         self._ready.clear()
+
+    def dispose(self) -> None:
+        """Refer to the connection no more, which is over."""
+        self._on_broken = self._spawn = _nobody

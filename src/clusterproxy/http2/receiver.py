@@ -80,11 +80,10 @@ class FrameReceiver:
       moved: bytes sent and received since control frames were last counted; they earn some.
     """
 
-    def __init__(self, sink: FrameSink, h2: Adapter, limits: Http2Limits, *, client: bool) -> None:
+    def __init__(self, h2: Adapter, limits: Http2Limits, *, client: bool) -> None:
         self.plain: dict[int, Stream] = {}
         self.thirsty: dict[Stream, None] = {}
         self.moved = 0
-        self._sink = sink
         self._h2 = h2
         self._limits = limits
         # The frame that is being received: bytes to come, and its stream if it is plain DATA.
@@ -96,23 +95,23 @@ class FrameReceiver:
         self._settings = Meter(_SETTINGS_PER_S, _SETTINGS_BURST)
         self._now = 0.0
 
-    def receive(self, view: memoryview, now: float) -> None:
-        """Cut one batch.
+    def receive(self, sink: FrameSink, view: memoryview, now: float) -> None:
+        """Cut one batch and tell *sink*, to which no reference is kept.
 
         Raises:
           H2Error: the peer broke the protocol; a GOAWAY that says so is in h2's output.
         """
         self._now = now
         self.moved += len(view)
-        sink, plain, take = self._sink, self.plain, self._h2.take
+        plain, take = self.plain, self._h2.take
         largest = self._limits.max_frame_size
         position, end = 0, len(view)
         while position < end and not sink.lost:
             if self._left:
-                position = self._continue_frame(view, position)
+                position = self._continue_frame(sink, view, position)
                 continue
             if self._partial_header or end - position < _HEADER_SIZE:
-                position = self._gather_header(view, position)
+                position = self._gather_header(sink, view, position)
                 continue
             high, low, kind, flags, stream_id = _unpack(view, position)
             size = high << 8 | low
@@ -125,7 +124,7 @@ class FrameReceiver:
             ):
                 position += _HEADER_SIZE
                 if not take(stream.h2, size):
-                    self._overdraft()
+                    self._overdraft(sink)
                     return
                 if stream.h2.inbound_flow_control_window < stream.low:
                     self.thirsty[stream] = None
@@ -138,22 +137,22 @@ class FrameReceiver:
                     sink.deliver(stream, view[position:stop])
                 position = stop
             else:
-                position = self._begin_frame(view, position, kind, flags, size)
+                position = self._begin_frame(sink, view, position, kind, flags, size)
 
-    def _overdraft(self) -> None:
-        self._sink.fail("more DATA than the window allows", ErrorCode.FLOW_CONTROL_ERROR)
+    def _overdraft(self, sink: FrameSink) -> None:
+        sink.fail("more DATA than the window allows", ErrorCode.FLOW_CONTROL_ERROR)
 
-    def _gather_header(self, view: memoryview, position: int) -> int:
+    def _gather_header(self, sink: FrameSink, view: memoryview, position: int) -> int:
         """Collect a frame header that is cut by the end of a batch."""
         missing = _HEADER_SIZE - len(self._partial_header)
         self._partial_header += view[position : position + missing]
         position += missing
         if len(self._partial_header) == _HEADER_SIZE:
             header, self._partial_header = memoryview(self._partial_header), b""
-            self._begin_alone(header)
+            self._begin_alone(sink, header)
         return position
 
-    def _begin_alone(self, header: memoryview) -> None:
+    def _begin_alone(self, sink: FrameSink, header: memoryview) -> None:
         """Begin a frame of which only the header is here; the payload continues it."""
         high, low, kind, flags, stream_id = _unpack(header)
         size = high << 8 | low
@@ -165,34 +164,34 @@ class FrameReceiver:
             or not 0 < size <= self._limits.max_frame_size
             or self._header_block
         ):
-            self._begin_frame(header, 0, kind, flags, size)
+            self._begin_frame(sink, header, 0, kind, flags, size)
         elif self._h2.take(stream.h2, size):
             self.thirsty[stream] = None
             self._left = size
             self._data_stream = stream
         else:
-            self._overdraft()
+            self._overdraft(sink)
 
-    def _continue_frame(self, view: memoryview, position: int) -> int:
+    def _continue_frame(self, sink: FrameSink, view: memoryview, position: int) -> int:
         piece = view[position : position + self._left]
         self._left -= len(piece)
         stream = self._data_stream
         if stream is None:
-            self._sink.handle(self._h2.receive(piece))
+            sink.handle(self._h2.receive(piece))
         else:
             if not self._left:
                 self._data_stream = None
             # Reset in the middle of a frame: the rest was accounted for and is dropped.
             if self.plain.get(stream.id) is stream:
-                self._sink.deliver(stream, piece)
+                sink.deliver(stream, piece)
         return position + len(piece)
 
     def _begin_frame(
-        self, view: memoryview, position: int, kind: int, flags: int, size: int
+        self, sink: FrameSink, view: memoryview, position: int, kind: int, flags: int, size: int
     ) -> int:
         """Pass a frame, or as much of it as is here, to h2."""
-        self._check_frame(kind, flags, size)
-        if self._sink.lost:
+        self._check_frame(sink, kind, flags, size)
+        if sink.lost:
             return len(view)
         end = position + _HEADER_SIZE + size
         if kind == _PING and size == _PING_SIZE and flags <= _ACK and not self._header_block:
@@ -200,9 +199,9 @@ class FrameReceiver:
             if len(view) >= end and view[position + 5 : start] == _CONNECTION:
                 # grpc-go sends one for nearly every small message; through h2 each costs 40 µs.
                 if flags:
-                    self._sink.note_answer(view[start:end])
+                    sink.note_answer(view[start:end])
                 else:
-                    self._sink.answer_ping(view[start:end])
+                    sink.answer_ping(view[start:end])
                 return end
         if kind == _WINDOW_UPDATE and size == _INCREMENT and not self._header_block:
             start = position + _HEADER_SIZE
@@ -210,20 +209,20 @@ class FrameReceiver:
             increment = int.from_bytes(view[start:end], "big")
             if len(view) >= end and self._h2.open_window(stream_id, increment):
                 # They come with every bulk transfer, a thousand for a GiB and more.
-                self._sink.window_opened(stream_id)
+                sink.window_opened(stream_id)
                 return end
         stop = min(len(view), end)
         self._left = end - stop
-        self._sink.handle(self._h2.receive(view[position:stop]))
+        sink.handle(self._h2.receive(view[position:stop]))
         return stop
 
-    def _check_frame(self, kind: int, flags: int, size: int) -> None:
+    def _check_frame(self, sink: FrameSink, kind: int, flags: int, size: int) -> None:
         """Cut off what h2 would let pass: floods, and frames that only cost memory."""
         if kind in (_HEADERS, _PUSH_PROMISE, _CONTINUATION):
             self._header_block += size + _HEADER_SIZE
             # The list limit is on the uncompressed size; the block may not be larger by much.
             if self._header_block > 2 * self._limits.max_header_list:
-                self._sink.exceed("header_list", "header block too large")
+                sink.exceed("header_list", "header block too large")
             if flags & _END_HEADERS:
                 self._header_block = 0
             if kind == _HEADERS:
@@ -231,13 +230,13 @@ class FrameReceiver:
         elif kind == _DATA:
             if size > self._limits.max_frame_size:
                 # h2 says so too, but only once it has gathered all of it.
-                self._sink.fail("DATA frame too large", ErrorCode.FRAME_SIZE_ERROR)
+                sink.fail("DATA frame too large", ErrorCode.FRAME_SIZE_ERROR)
             if size:
                 return
         elif kind == _SETTINGS and not self._settings.spend(self._now):
-            self._sink.exceed("control_frames", "too many SETTINGS")
+            sink.exceed("control_frames", "too many SETTINGS")
         elif size > _MAX_CONTROL_FRAME:
-            self._sink.exceed("control_frames", f"frame of type {kind} with {size} bytes")
+            sink.exceed("control_frames", f"frame of type {kind} with {size} bytes")
         earned, self.moved = self.moved / _BYTES_PER_CONTROL_FRAME, 0
         if not self._controls.spend(self._now, earned):
-            self._sink.exceed("control_frames", "too many control frames")
+            sink.exceed("control_frames", "too many control frames")

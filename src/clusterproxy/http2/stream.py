@@ -272,6 +272,7 @@ class Stream:
     def close(self) -> None:
         """The stream is gone: forget what waits, and what the window had grown by."""
         self.schedule.clear()
+        self._finish = None
         initial = self.connection.limits.window
         self.connection.shrink(self.window - initial)
         self.window = initial

@@ -31,6 +31,10 @@ Receiver = Callable[[int, memoryview, tuple[memoryview, ...]], None]
 RunReceiver = Callable[[int, memoryview], None]
 
 
+def _nothing(*_: object) -> None:
+    """The call is over."""
+
+
 def _refuse_early(*_: object) -> None:
     raise RPCError(Status.INTERNAL, "message before the call was accepted")
 
@@ -128,10 +132,15 @@ class Call(ABC):
         self.closed = True
         if self._nursery is not None:
             self._nursery.cancel_scope.cancel()
+            self._nursery = None
         try:
             self.on_close(status, message)
         except Exception:
             _log.exception("bug at the end of a call")
+        # Who answers the call refers to it: without this only the garbage collector would free them.
+        self.receive, self.receive_run = _refuse_early, _nothing
+        self.on_half_close, self.on_close = _nothing, _nothing
+        self._assembler.stop()
 
     # -- http2.stream.StreamHandler ----------------------------------------------------------------
 

@@ -203,6 +203,7 @@ class Backend:
         connection.closing = True
         _log.debug("connection closed", extra=connection.log_fields)
         connection.guard.close()
+        connection.part_from_agent()
         metrics = self._state.metrics
         metrics.established_connections.dec()
         metrics.connection_duration_seconds.observe(trio.current_time() - connection.started)

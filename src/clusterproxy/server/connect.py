@@ -102,6 +102,9 @@ class ConnectTunnel(Client):
                 self._connection.break_off("the client has gone")
                 self._connection.note_queue()
             self._transport.close()
+            # Cycles of references would keep all of it until the garbage collector comes by.
+            self.sink.dispose()
+            self._connection = None
             metrics.http_connections.dec()
 
     async def _serve(self) -> None:

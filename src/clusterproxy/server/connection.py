@@ -271,6 +271,7 @@ class Connection(ABC):
             if not self.to_agent.queued:
                 self.backend.drained(self)
         self._release(size)
+        self.part_from_agent()
 
     def _hold(self, size: int) -> None:  # noqa: B027  nothing to withhold, unless overridden
         """Withhold bytes of the client's credit: they wait for the agent."""
@@ -283,6 +284,16 @@ class Connection(ABC):
         dropped = self.backend.call.stream.drop_flow(self.to_agent)
         if dropped:
             self._release(dropped)
+        self.part_from_agent()
+
+    def part_from_agent(self) -> None:
+        """Let go of the flow to the agent when it has had its last bytes.
+
+        It refers back: a cycle of references, which would keep all that belongs to the client until
+        the garbage collector comes by.
+        """
+        if self.closing and not self.to_agent.queued:
+            self.to_agent.on_drain = None
 
     def send_to_agent(self, payload: Buffer) -> None:
         """Make a DATA message of a payload."""

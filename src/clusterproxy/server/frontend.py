@@ -117,6 +117,7 @@ class Frontend(Client):
             else:
                 connection.break_off("the client has gone")
             connection.drop_to_client()
+            _part(connection)
         self.connections.clear()
         self._leaving.clear()
         self._note_full(full=False)
@@ -253,6 +254,7 @@ class Frontend(Client):
             self.forget(connection)
             connection.break_off(reset.reason)
             connection.drop_to_client()
+            _part(connection)
 
     def _on_close_dial(self, number: int) -> None:
         dial = self._dials.pop(number, None)
@@ -306,20 +308,22 @@ class Frontend(Client):
 
     def close_connection(self, connection: FrontendConnection, error: str) -> None:
         """Tell the client that a connection is closed, behind its data."""
-        self.forget(connection)
-        connection.send_last(CloseResponse(error, connection.client_id))
-        if connection.to_client.queued:
-            self._leaving.add(connection)
+        self._end(connection, CloseResponse(error, connection.client_id))
 
     def break_connection(self, connection: FrontendConnection, reason: str) -> None:
         """Tell the client that a connection broke, behind its data."""
         if not self.extended:
             self.close_connection(connection, reason)
             return
+        self._end(connection, Reset(connection.client_id, reason))
+
+    def _end(self, connection: FrontendConnection, last: CloseResponse | Reset) -> None:
         self.forget(connection)
-        connection.send_last(Reset(connection.client_id, reason))
+        connection.send_last(last)
         if connection.to_client.queued:
             self._leaving.add(connection)
+        else:
+            _part(connection)
 
     def hold(self, size: int) -> None:
         """Count bytes of the client that wait for an agent; the stream gets no credit for them."""
@@ -344,10 +348,17 @@ class Frontend(Client):
 
     def sent(self, connection: FrontendConnection) -> None:
         """Nothing of a connection waits for the client any more."""
-        self._leaving.discard(connection)
+        if connection in self._leaving:
+            self._leaving.discard(connection)
+            _part(connection)
 
     def spawn(self, function: Callable[..., Awaitable[None]], /, *args: object) -> None:
         self.call.start_soon(function, *args)
+
+
+def _part(connection: FrontendConnection) -> None:
+    """Let go of the flow to the client, which has had its last bytes: it refers back, a cycle."""
+    connection.to_client.on_drain = None
 
 
 MISMATCHED: Final = "mismatched connection IDs"

@@ -12,10 +12,10 @@ import trio
 
 #: Bytes of one read.
 READ_SIZE: Final = 512 * 1024
-_SHORT_READ: Final = 96 * 1024
+_SHORT_READ: Final = 48 * 1024
 
 #: What may be under way to us in a hurry, on a line that does not need more.
-SHORT_WINDOW: Final = 384 * 1024
+SHORT_WINDOW: Final = 256 * 1024
 
 # What a connection sends at once if it has much to send, and if it has little.
 _BULK: Final = 16 * 1024

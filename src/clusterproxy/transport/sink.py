@@ -30,6 +30,10 @@ class Spawn(Protocol):
         """Start a task that lives as long as the connection."""
 
 
+def _nobody(*_: object) -> None:
+    """The connection is over."""
+
+
 class ByteSink:
     """Writes to a transport without waiting; what it does not take is queued.
 
@@ -192,6 +196,10 @@ class ByteSink:
         self._queue.clear()
         self.queued = 0
         self._check_finish()
+
+    def dispose(self) -> None:
+        """Refer to the connection no more, which is over."""
+        self._on_broken = self._spawn = self.on_drain = _nobody
 
     def _break(self, reason: str) -> None:
         if self.broken:

@@ -68,6 +68,7 @@ class _Buffers(threading.local):
 
 
 _buffers: Final = _Buffers()
+_NO_BIO: Final = ssl.MemoryBIO()
 
 
 def tune(sock: socket.socket, *, user_timeout: bool) -> None:
@@ -91,6 +92,8 @@ class Transport:
     """One connected socket. It has one reader; writes are synchronous.
 
     Attributes:
+      secure: whether it speaks TLS.
+      tls: while it is open and speaks TLS.
       close_notified: whether the peer has ended its side by TLS' own means; an end without it may be
         somebody's who cut the connection (RFC 8446 §6.1).
 
@@ -115,6 +118,7 @@ class Transport:
         "_slice",
         "_unsent",
         "close_notified",
+        "secure",
         "sock",
         "tls",
     )
@@ -129,6 +133,7 @@ class Transport:
     ) -> None:
         self.sock = sock
         self.tls: ssl.SSLObject | None = None
+        self.secure = context is not None
         self._unsent: bytes | memoryview = b""
         self._closed = False
         self._eof = False
@@ -491,3 +496,7 @@ class Transport:
                     self.sock.send(self._out.read())
         trio.lowlevel.notify_closing(self.sock)
         self.sock.close()
+        # OpenSSL's state is the largest part of a connection: whoever still refers to this needs it no more.
+        self.tls = None
+        self._more = False
+        self._in = self._out = _NO_BIO
