@@ -5,6 +5,8 @@ When one of the "h2 still" tests fails, a new h2 no longer needs that change: ta
 
 from __future__ import annotations
 
+import sys
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -74,6 +76,28 @@ def started(connection: H2Connection, *, streams: int = 1) -> hpack.Encoder:
 
 
 both = pytest.mark.parametrize("client", [False, True])
+
+
+# -- memory ----------------------------------------------------------------------------------------------
+
+
+def queues(connection: H2Connection) -> list[object]:
+    settings = connection.local_settings, connection.remote_settings
+    return [queue for one in settings for queue in one._settings.values()]
+
+
+@both
+def test_settings_take_little_memory(client: bool) -> None:
+    assert any(isinstance(queue, deque) for queue in queues(plain(client=client))), "h2 is slimmer"
+    connection = ours(client=client)
+    started(connection)
+    assert max(map(sys.getsizeof, queues(connection))) < 200
+    # Values that wait for an acknowledgement take effect with it.
+    connection.update_settings({SettingCodes.MAX_CONCURRENT_STREAMS: 7})
+    acknowledgement = SettingsFrame(0, flags=["ACK"]).serialize()
+    connection.receive_data(acknowledgement)
+    connection.receive_data(acknowledgement)
+    assert connection.local_settings[SettingCodes.MAX_CONCURRENT_STREAMS] == 7
 
 
 # -- GOAWAY ----------------------------------------------------------------------------------------------

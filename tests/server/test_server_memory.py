@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -27,6 +26,8 @@ from clusterproxy.transport.sink import ByteSink
 from clusterproxy_proto import CloseRequest, CloseResponse, Data, DialRequest, DialResponse, Reset
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Generator
+
     from harness import ClientPeer
     from trio.testing import MockClock
 

@@ -40,7 +40,8 @@ class Flow:
     __slots__ = ("deficit", "held", "messages", "on_drain", "queued", "scheduled", "taken")
 
     def __init__(self, on_drain: Callable[[int], None] | None = None) -> None:
-        self.messages: deque[bytes | bytearray] = deque()
+        # Most flows never have to wait, and an empty deque takes 624 bytes.
+        self.messages: deque[bytes | bytearray] | None = None
         self.queued = 0
         self.taken = 0
         self.deficit = 0
@@ -86,6 +87,8 @@ class Schedule:
         # Small messages share a buffer: an object for each would be many times what it holds. The
         # first one does not grow: its size is what the flow's turn was granted for.
         messages = flow.messages
+        if messages is None:
+            messages = flow.messages = deque()
         tail = messages[-1] if len(messages) > 1 else None
         if isinstance(tail, bytearray) and len(tail) < _SMALL:
             tail += message
@@ -118,7 +121,7 @@ class Schedule:
         """Forget what a flow has queued; return how many bytes that was."""
         dropped = flow.queued
         self._count(-dropped)
-        flow.messages.clear()
+        flow.messages = None
         flow.queued = flow.deficit = 0
         if flow.scheduled:
             flow.scheduled = False
@@ -135,27 +138,29 @@ class Schedule:
         active = self._active
         while active:
             flow = active[0]
-            if flow.held:
+            messages = flow.messages
+            if flow.held or not messages:
                 flow.scheduled = False
                 active.popleft()
                 continue
-            size = len(flow.messages[0])
+            size = len(messages[0])
             if size > flow.deficit and len(active) > 1:
                 # With one flow alone nobody waits for its turn to end.
                 flow.deficit += QUANTUM
                 if size > flow.deficit:
                     active.rotate(-1)
                     continue
-            message = flow.messages.popleft()
+            message = messages.popleft()
             flow.deficit = max(0, flow.deficit - size)
             flow.queued -= size
             self._count(-size)
             flow.taken += size
-            if not flow.messages:
+            if not messages:
+                flow.messages = None
                 flow.deficit = 0
                 flow.scheduled = False
                 active.popleft()
-            elif flow.deficit < len(flow.messages[0]):
+            elif flow.deficit < len(messages[0]):
                 active.rotate(-1)
             if flow.on_drain is not None:
                 flow.on_drain(size)

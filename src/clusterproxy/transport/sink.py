@@ -71,7 +71,8 @@ class ByteSink:
         self._spawn = spawn
         self._on_broken = on_broken
         self._outbox = current_outbox()
-        self._queue: deque[bytes | bytearray] = deque()
+        # Most sinks never have to wait, and an empty deque takes 624 bytes.
+        self._queue: deque[bytes | bytearray] | None = None
         self._lent: list[Buffer] = []
         self._posted = False
         self._writing = False
@@ -103,6 +104,8 @@ class ByteSink:
     def _enqueue(self, part: Buffer) -> None:
         # Small parts share a buffer: an object for each would be many times what it holds.
         queue = self._queue
+        if queue is None:
+            queue = self._queue = deque()
         tail = queue[-1] if queue else None
         if isinstance(tail, bytearray) and len(tail) < _SMALL:
             tail += part
@@ -153,12 +156,13 @@ class ByteSink:
                     waiting = transport.unsent
                     await transport.drain_some()
                     self._took(waiting - transport.unsent)
-                if not self._queue:
+                queue = self._queue
+                if not queue:
                     break
                 chunk: list[Buffer] = []
                 size = 0
-                while self._queue and size < _CHUNK:
-                    part = self._queue.popleft()
+                while queue and size < _CHUNK:
+                    part = queue.popleft()
                     chunk.append(part)
                     size += len(part)
                 if transport.send(chunk):
@@ -169,6 +173,7 @@ class ByteSink:
             self._break(str(error))
             return
         self._writing = False
+        self._queue = None
         self._check_finish()
 
     def _took(self, size: int) -> None:
@@ -193,7 +198,7 @@ class ByteSink:
         self.broken = True
         self._writing = False
         self._lent.clear()
-        self._queue.clear()
+        self._queue = None
         self.queued = 0
         self._check_finish()
 
