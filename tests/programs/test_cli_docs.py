@@ -86,7 +86,7 @@ def test_each_option_has_its_row() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["forward", "dial", "http-proxy", "socks", "status", "completion"]
+    "command", ["bench", "forward", "dial", "http-proxy", "socks", "status", "completion"]
 )
 def test_help_teaches(command: str) -> None:
     assert f"| `{command}` |" in DOC

@@ -76,7 +76,7 @@ def test_installs_and_runs(wheel: Path, tmp_path: Path) -> None:
     run(*PIP, "--python", binaries / "python", "check", cwd=tmp_path)
 
     assert __version__ in run(binaries / "clusterproxy", "--version", cwd=tmp_path)
-    for command in ("completion", "dial", "forward", "http-proxy", "socks", "status"):
+    for command in ("bench", "completion", "dial", "forward", "http-proxy", "socks", "status"):
         assert "Usage:" in run(binaries / "clusterproxy", command, "--help", cwd=tmp_path)
     for program in ("proxy-server", "proxy-agent"):
         assert "--admin-bind-address" in run(binaries / program, "--help", cwd=tmp_path)
