@@ -411,6 +411,22 @@ async def test_a_window_stays_small_where_the_line_is_short(
     assert wired.stream(1).window == SMALL.window
 
 
+async def test_a_line_is_measured_with_data_only(autojump_clock: trio.testing.MockClock) -> None:
+    """A Go server ends a connection that PINGs three times without having been sent DATA."""
+    wired, _ = server(limits=growing())
+    stream = wired.stream(1)
+    wired.handlers[1].hold = True
+    for _ in range(2):
+        wired.receive(data(1, bytes(16_384)))
+    wired.take_sent()
+    pings = 0
+    for _ in range(3):
+        stream.release(10_000)
+        pings += sum(isinstance(frame, PingFrame) for frame in answer_pings(wired))
+        await trio.sleep(1)
+    assert pings == 1
+
+
 async def test_windows_grow_within_a_budget_and_give_it_back(
     autojump_clock: trio.testing.MockClock,
 ) -> None:

@@ -63,8 +63,26 @@ def test_a_long_line_needs_more(line: int, limit: int, largest: int) -> None:
     window = Window()
     for _ in range(6):
         assert window.receive(window.left)
-        window.grant(0, limit * MIB, line * MIB)
+        window.grant(0, limit * MIB, line * MIB, lambda size: size)
     assert window.left == largest * MIB
+    assert window.borrowed == max(0, largest - 4) * MIB
+
+
+def test_a_long_line_is_filled_as_far_as_all_have_left_together() -> None:
+    left = [5 * MIB]
+
+    def take(size: int) -> int:
+        taken = min(size, left[0])
+        left[0] -= taken
+        return taken
+
+    windows = Window(), Window()
+    for _ in range(6):
+        for window in windows:
+            assert window.receive(window.left)
+            window.grant(0, 32 * MIB, 7 * MIB, take)
+    assert [window.left for window in windows] == [7 * MIB, 6 * MIB]
+    assert [window.borrowed for window in windows] == [3 * MIB, 2 * MIB]
 
 
 def test_a_slow_consumer_keeps_a_small_window() -> None:

@@ -44,6 +44,7 @@ class DatagramEndpoint(Endpoint):
             with self._reading:
                 await self._copy()
             ended()
+        self.to_server.on_drain = None
 
     async def _copy(self) -> None:
         while True:

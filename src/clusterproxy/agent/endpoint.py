@@ -116,11 +116,19 @@ class Endpoint(ABC):
     def grant(self) -> None:
         """Let the server send on what the service has taken, if it is worth a packet."""
         if self._window is not None and not self.closing:
-            line = self._call.stream.connection.line.size
-            size = self._window.grant(self._queued, self._state.budget.limit, line)
+            server = self._call.connection
+            size = self._window.grant(
+                self._queued, self._state.budget.limit, server.line.size, server.limits.growth.take
+            )
             if size:
                 self._state.count_packet("from_agent", "CREDIT")
                 self._call.send(encode(Packet.of(Credit(self.connect_id, size))))
+
+    def give_back(self) -> None:
+        """The server knows the connection no more: it will send nothing."""
+        if self._window is not None:
+            self._call.connection.limits.growth.give_back(self._window.borrowed)
+            self._window.borrowed = 0
 
     def credit(self, size: int) -> None:
         """The server takes so many bytes more."""

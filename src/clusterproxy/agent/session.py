@@ -313,7 +313,7 @@ class Session:
             endpoint.confirm_close()
 
     def _forget(self, connect_id: int) -> None:
-        del self.endpoints[connect_id]
+        self.endpoints.pop(connect_id).give_back()
         _log.debug(
             "connection closed",
             extra={"agent_id": self._state.config.agent_id, "connection_id": connect_id},

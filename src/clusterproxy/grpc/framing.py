@@ -158,6 +158,7 @@ class MessageAssembler:
         """Hand nothing on any more, and forget who it was for."""
         self._sink, self._run_sink = _nobody, None
         self._pieces.clear()
+        self._kept = bytearray()
 
     def settle(self) -> None:
         """Copy what was lent and belongs to an unfinished message."""

@@ -29,6 +29,9 @@ _PING_LIMIT: Final = 10_000
 # A peer's SETTINGS come with its first bytes (RFC 9113 §3.4).
 _GREETING_S: Final = 20.0
 
+# Between two looks at whether a peer is alive there was a pause if it was more.
+_PAUSE_S: Final = 3.0
+
 # How long after the announcement the end is final at the latest.
 _GOAWAY_S: Final = 5.0
 
@@ -102,13 +105,15 @@ class Http2Connection:
         self._outbox = current_outbox()
         self.line = Line()
         self._received = 0
+        # Whether DATA came since the line was measured last.
+        self._fed = False
         self._grown = 0
         self._receiver = FrameReceiver(self.h2, limits, client=client)
         self._unsettled: dict[StreamHandler, None] = {}
         self._resets = Meter(limits.max_resets_per_s, 5 * limits.max_resets_per_s)
         self._pings: dict[bytes, _Ping] = {}
         self._ping_count = 0
-        self._opened = self._last_read = trio.current_time()
+        self._opened = self._last_read = self._looked = trio.current_time()
         self._greeted = False
         self._sent = 0
         self.h2.initiate_connection()
@@ -232,6 +237,7 @@ class Http2Connection:
     # -- what the receiver has cut -----------------------------------------------------------------
 
     def deliver(self, stream: Stream, view: memoryview) -> None:
+        self._fed = True
         handler = stream.handler
         if handler is not None and handler.on_data(view):
             self._unsettled[handler] = None
@@ -263,7 +269,10 @@ class Http2Connection:
             return
         stream = self._add_stream(stream_id)
         self._note_body(stream, event)
-        stream.handler = self._on_request(stream, event.headers)
+        handler = self._on_request(stream, event.headers)
+        # It may have been answered, and be over, already.
+        if stream.open:
+            stream.handler = handler
 
     def _on_response_received(self, event: events.ResponseReceived) -> None:
         stream = self.streams.get(event.stream_id)
@@ -458,8 +467,10 @@ class Http2Connection:
 
     def measure(self) -> None:
         """See how much the line holds, unless that was done a moment ago."""
-        # Always after DATA: a Go server counts other PINGs against its peer.
-        if self.line.begin(self._received, self._last_read):
+        # A Go server counts PINGs without DATA in between against its peer, and consumers may take for
+        # long what has come before.
+        if self._fed and self.line.begin(self._received, self._last_read):
+            self._fed = False
             self.ping(self._measured)
 
     def _measured(self) -> None:
@@ -479,8 +490,14 @@ class Http2Connection:
         self.output.put(_PING + payload)
 
     def check_alive(self, now: float, interval: float, timeout: float) -> None:
-        """Keep alive: PING after *interval* seconds of silence, end *timeout* seconds later."""
-        if self.lost:
+        """Keep alive: PING after *interval* seconds of silence, end *timeout* seconds later.
+
+        Called every second or so.
+        """
+        paused = now - self._looked > _PAUSE_S
+        self._looked = now
+        # After a pause of this process answers may be here that nobody has read yet.
+        if self.lost or paused:
             return
         if self.keepalive is not None:
             interval, timeout = self.keepalive

@@ -118,12 +118,13 @@ class Call(ABC):
 
     def attach(self, nursery: trio.Nursery) -> None:
         """Let *nursery* run the call's tasks; it is cancelled when the call is over."""
+        if self.closed:
+            nursery.cancel_scope.cancel()
+            return
         self._nursery = nursery
         for function, args in self._deferred:
             nursery.start_soon(function, *args)
         self._deferred.clear()
-        if self.closed:
-            nursery.cancel_scope.cancel()
 
     def _close(self, status: Status, message: str) -> None:
         """Note that the call is over."""
@@ -141,6 +142,7 @@ class Call(ABC):
         self.receive, self.receive_run = _refuse_early, _nothing
         self.on_half_close, self.on_close = _nothing, _nothing
         self._assembler.stop()
+        self._deferred.clear()
 
     # -- http2.stream.StreamHandler ----------------------------------------------------------------
 

@@ -204,6 +204,9 @@ class Backend:
         _log.debug("connection closed", extra=connection.log_fields)
         connection.guard.close()
         connection.part_from_agent()
+        if connection.window is not None:
+            self.call.connection.limits.growth.give_back(connection.window.borrowed)
+            connection.window.borrowed = 0
         metrics = self._state.metrics
         metrics.established_connections.dec()
         metrics.connection_duration_seconds.observe(trio.current_time() - connection.started)

@@ -394,8 +394,11 @@ class Connection(ABC):
         if self.closing and not self.to_agent.queued:
             return
         # What is still on its way to the agent may need that it is not stuck with what it sends.
-        line = self._agent_stream.connection.line.size
-        size = window.grant(self.guard.queued, self._state.budget.limit, line)
+        agent = self._agent_stream.connection
+        line = 0 if self.closing else agent.line.size
+        size = window.grant(
+            self.guard.queued, self._state.budget.limit, line, agent.limits.growth.take
+        )
         if size:
             self.backend.send(Credit(self.connect_id, size))
 

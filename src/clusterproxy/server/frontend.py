@@ -323,13 +323,14 @@ class Frontend(Client):
         if connection.to_client.queued:
             self._leaving.add(connection)
         else:
+            self._leaving.discard(connection)
             _part(connection)
 
     def hold(self, size: int) -> None:
         """Count bytes of the client that wait for an agent; the stream gets no credit for them."""
         self._held += size
         self.call.stream.hold(size)
-        window = self.call.connection.limits.window
+        window = self.call.stream.window
         if self._held > window - window // 4:
             self._note_full(full=True)
 
@@ -337,7 +338,7 @@ class Frontend(Client):
         """Give back what has gone to the agent, or is lost with it."""
         self._held -= size
         self.call.stream.release(size)
-        if self._held <= self.call.connection.limits.window // 2:
+        if self._held <= self.call.stream.window // 2:
             self._note_full(full=False)
 
     def _note_full(self, *, full: bool) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 #: The metadata that offers versions (request) and names the accepted one (response).
 METADATA_KEY: Final = "clusterproxy-extensions"
@@ -32,6 +32,10 @@ _LARGE_GRANT: Final = 1024 * 1024
 
 # Windows grow by this factor, so it takes three grants to get to the maximum.
 _GROWTH: Final = 4
+
+
+def _nothing(_size: int) -> int:
+    return 0
 
 
 def offer() -> dict[str, list[str | bytes]]:
@@ -68,10 +72,12 @@ class Window:
     and there may be many connections whose consumers sleep. It grows while the consumer keeps pace.
     """
 
-    __slots__ = ("left", "size")
+    __slots__ = ("borrowed", "left", "size")
 
     def __init__(self) -> None:
         self.size = INITIAL_CREDIT
+        #: What was taken for a long line; the owner gives it back at the end.
+        self.borrowed = 0
         #: What the peer may send as far as we know; it learns of grants later.
         self.left = INITIAL_CREDIT
 
@@ -81,18 +87,25 @@ class Window:
         self.left -= size * count
         return allowed
 
-    def grant(self, queued: int, limit: int, line: int = 0) -> int:
+    def grant(
+        self, queued: int, limit: int, line: int = 0, take: Callable[[int], int] = _nothing
+    ) -> int:
         """Return how much to grant now, 0 if it is not worth a packet.
 
-        *queued* bytes wait in our queue, *limit* bytes may; the line holds *line* bytes.
+        *queued* bytes wait in our queue, *limit* bytes may; the line holds *line* bytes. What a short
+        line would not need is *taken* from what all have together.
         """
         room = self.size - queued - self.left
         if room < min(self.size // 4, _LARGE_GRANT):
             return 0
         if not queued:
             # Nothing waits: it is the peer that does.
-            most = min(max(_SHORT_LINE, line), _MAX_WINDOW, limit)
-            self.size = max(self.size, min(self.size * _GROWTH, most))
+            self.size = max(self.size, min(self.size * _GROWTH, _SHORT_LINE, limit))
+            more = min(line, _MAX_WINDOW, limit) - self.size
+            if more > 0 and self.size >= _SHORT_LINE:
+                more = take(more)
+                self.borrowed += more
+                self.size += more
         room = min(self.size, max(limit, INITIAL_CREDIT)) - queued - self.left
         if room <= 0:
             return 0
