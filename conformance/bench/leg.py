@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
-import trustme
 
 from .programs import BUILD, NotMeasured, output_of, running, server_command
 
@@ -41,17 +40,6 @@ class Ends:
     cluster: Sequence[str] = ()
     server_host: str = "127.0.0.1"
     agent_dials: int | None = None
-
-
-def make_certificates(folder: Path, server_names: Sequence[str]) -> None:
-    """Write the authorities and leaves of the frontend and the cluster; servers have these names."""
-    for side, client in (("frontend", "client"), ("cluster", "agent")):
-        authority = trustme.CA(key_type=trustme.KeyType.ECDSA)
-        authority.cert_pem.write_to_path(str(folder / f"{side}-ca.crt"))
-        for leaf in (side, client):
-            issued = authority.issue_cert(*server_names, key_type=trustme.KeyType.ECDSA)
-            issued.cert_chain_pems[0].write_to_path(str(folder / f"{leaf}.crt"))
-            issued.private_key_pem.write_to_path(str(folder / f"{leaf}.key"))
 
 
 @contextmanager

@@ -26,9 +26,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from .leg import Ends, konnbench, leg, make_certificates
+from .leg import Ends, konnbench, leg
 from .namespaces import CLUSTER_ADDRESS, HUB_ADDRESS, gigabit_line, inside
-from .programs import BUILD, OURS, NotMeasured, build, running
+from .programs import BUILD, OURS, NotMeasured, build, make_certificates, running
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
@@ -78,7 +78,7 @@ def measure(
     """
     own = folder / "line"
     own.mkdir(exist_ok=True)
-    make_certificates(own, ["localhost", "127.0.0.1", HUB_ADDRESS])
+    make_certificates(own, HUB_ADDRESS)
     if long_rounds is None:
         long_rounds = min(rounds, 3)
     rows: list[Row] = []

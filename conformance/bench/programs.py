@@ -61,14 +61,16 @@ def build() -> None:
         subprocess.run(["go", "build", "-o", str(BUILD / name), package], cwd=CONFORMANCE, check=True)
 
 
-def make_certificates(folder: Path) -> None:
-    """Write two authorities, of the frontend and the cluster, and a server's and a client's leaf of each."""
-    names = ["localhost", "127.0.0.1"]
+def make_certificates(folder: Path, *names: str) -> None:
+    """Write two authorities, of the frontend and the cluster, and a server's and a client's leaf of each.
+
+    Loopback is among the leaves' names; *names* are further ones.
+    """
     for side, client in (("frontend", "client"), ("cluster", "agent")):
         authority = trustme.CA(key_type=trustme.KeyType.ECDSA)
         authority.cert_pem.write_to_path(str(folder / f"{side}-ca.crt"))
         for leaf in (side, client):
-            pair = authority.issue_cert(*names, key_type=trustme.KeyType.ECDSA)
+            pair = authority.issue_cert("localhost", "127.0.0.1", *names, key_type=trustme.KeyType.ECDSA)
             pair.cert_chain_pems[0].write_to_path(str(folder / f"{leaf}.crt"))
             pair.private_key_pem.write_to_path(str(folder / f"{leaf}.key"))
 

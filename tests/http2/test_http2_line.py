@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from clusterproxy.http2.limits import Growth
+from clusterproxy.http2.limits import Growth, Share
 from clusterproxy.http2.line import Line
 
 MIB = 1 << 20
@@ -71,3 +71,15 @@ def test_growth_is_shared_and_comes_back() -> None:
     assert growth.take(1) == 0
     growth.give_back(8)
     assert growth.take(9) == 8
+
+
+def test_a_connection_gets_its_share_only() -> None:
+    growth = Growth(100)
+    one, another = Share(growth, 60), Share(growth, 60)
+    assert one.take(50) == 50
+    assert one.take(50) == 10
+    assert another.take(50) == 40
+    one.give_back(30)
+    assert another.take(50) == 20
+    assert one.take(50) == 10
+    assert growth.left == 0

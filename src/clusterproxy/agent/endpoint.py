@@ -118,7 +118,7 @@ class Endpoint(ABC):
         if self._window is not None and not self.closing:
             server = self._call.connection
             size = self._window.grant(
-                self._queued, self._state.budget.limit, server.line.size, server.limits.growth.take
+                self._queued, self._state.budget.limit, server.line.size, server.credit.take
             )
             if size:
                 self._state.count_packet("from_agent", "CREDIT")
@@ -127,7 +127,7 @@ class Endpoint(ABC):
     def give_back(self) -> None:
         """The server knows the connection no more: it will send nothing."""
         if self._window is not None:
-            self._call.connection.limits.growth.give_back(self._window.borrowed)
+            self._call.connection.credit.give_back(self._window.borrowed)
             self._window.borrowed = 0
 
     def credit(self, size: int) -> None:

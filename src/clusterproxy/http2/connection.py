@@ -11,7 +11,7 @@ import trio
 from clusterproxy.transport.outbox import current_outbox
 
 from .adapter import Adapter, ErrorCode, H2Error, events, exceeded_limit
-from .limits import Http2Limits, Meter
+from .limits import Http2Limits, Meter, Share
 from .line import Line
 from .output import Output
 from .receiver import FrameReceiver
@@ -57,6 +57,7 @@ class Http2Connection:
       at_fault: whether it is over because the peer broke a rule.
       draining: no more streams are opened on it; those that are open go on.
       line: how much is under way here when the line is full.
+      windows, credit: what its streams' windows, and credit that is granted on them, may grow by.
       keepalive: silence before a PING and after it in seconds, where the general ones do not hold.
       on_idle: called once when the last stream of a draining connection has ended.
 
@@ -107,7 +108,8 @@ class Http2Connection:
         self._received = 0
         # Whether DATA came since the line was measured last.
         self._fed = False
-        self._grown = 0
+        self.windows = Share(limits.growth, limits.max_window)
+        self.credit = Share(limits.growth, limits.max_window)
         self._receiver = FrameReceiver(self.h2, limits, client=client)
         self._unsettled: dict[StreamHandler, None] = {}
         self._resets = Meter(limits.max_resets_per_s, 5 * limits.max_resets_per_s)
@@ -453,17 +455,6 @@ class Http2Connection:
         if not self.lost:
             self.h2.increment_flow_control_window(size, stream.id)
             self.output.pull()
-
-    def grow(self, size: int) -> int:
-        """Take up to *size* bytes for a stream's window; no connection gets more than one line's worth."""
-        more = self.limits.growth.take(min(size, self.limits.max_window - self._grown))
-        self._grown += more
-        return more
-
-    def shrink(self, size: int) -> None:
-        """Give back what was taken."""
-        self._grown -= size
-        self.limits.growth.give_back(size)
 
     def measure(self) -> None:
         """See how much the line holds, unless that was done a moment ago."""

@@ -28,6 +28,27 @@ class Growth:
         self.left += size
 
 
+class Share:
+    """A connection's part of it: no peer gets more than one line's worth, so that others have some, too."""
+
+    __slots__ = ("_growth", "_left")
+
+    def __init__(self, growth: Growth, most: int) -> None:
+        self._growth = growth
+        self._left = most
+
+    def take(self, size: int) -> int:
+        """Take at most *size* bytes; return how many that are."""
+        taken = self._growth.take(min(size, self._left))
+        self._left -= taken
+        return taken
+
+    def give_back(self, size: int) -> None:
+        """Return what was taken."""
+        self._left += size
+        self._growth.give_back(size)
+
+
 @attrs.frozen(kw_only=True)
 class Http2Limits:
     """Limits of one HTTP/2 connection; sizes in bytes, rates per second.

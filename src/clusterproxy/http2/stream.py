@@ -261,7 +261,7 @@ class Stream:
             return
         wanted = min(line.size, limits.max_window) - self.window
         if wanted > 0:
-            more = self.connection.grow(wanted)
+            more = self.connection.windows.take(wanted)
             self.window += more
             self.low = self.window - _gathered(self.window)
             room += more
@@ -274,7 +274,7 @@ class Stream:
         self.schedule.clear()
         self._finish = None
         initial = self.connection.limits.window
-        self.connection.shrink(self.window - initial)
+        self.connection.windows.give_back(self.window - initial)
         self.window = initial
 
 

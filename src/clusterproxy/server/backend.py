@@ -205,7 +205,7 @@ class Backend:
         connection.guard.close()
         connection.part_from_agent()
         if connection.window is not None:
-            self.call.connection.limits.growth.give_back(connection.window.borrowed)
+            self.call.connection.credit.give_back(connection.window.borrowed)
             connection.window.borrowed = 0
         metrics = self._state.metrics
         metrics.established_connections.dec()

@@ -396,9 +396,7 @@ class Connection(ABC):
         # What is still on its way to the agent may need that it is not stuck with what it sends.
         agent = self._agent_stream.connection
         line = 0 if self.closing else agent.line.size
-        size = window.grant(
-            self.guard.queued, self._state.budget.limit, line, agent.limits.growth.take
-        )
+        size = window.grant(self.guard.queued, self._state.budget.limit, line, agent.credit.take)
         if size:
             self.backend.send(Credit(self.connect_id, size))
 
