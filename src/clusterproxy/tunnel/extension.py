@@ -34,10 +34,6 @@ _LARGE_GRANT: Final = 1024 * 1024
 _GROWTH: Final = 4
 
 
-def _nothing(_size: int) -> int:
-    return 0
-
-
 def offer() -> dict[str, list[str | bytes]]:
     """Return the metadata of a stream that is opened here."""
     return {METADATA_KEY: [VERSION]}
@@ -87,9 +83,7 @@ class Window:
         self.left -= size * count
         return allowed
 
-    def grant(
-        self, queued: int, limit: int, line: int = 0, take: Callable[[int], int] = _nothing
-    ) -> int:
+    def grant(self, queued: int, limit: int, line: int, take: Callable[[int], int]) -> int:
         """Return how much to grant now, 0 if it is not worth a packet.
 
         *queued* bytes wait in our queue, *limit* bytes may; the line holds *line* bytes. What a short
