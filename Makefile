@@ -1,8 +1,8 @@
-# Needs make and Python 3.11 or newer; `make test` needs Go, too. Everything else is installed into .venv, with hashes.
+# Needs make and Python 3.11 or newer; `make test` needs Go and etcd, too. Everything else is installed into .venv, with hashes.
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo setup test test-fast coverage conformance check bench docs lock clean
+.PHONY: help demo setup test test-fast kube-servers coverage conformance check bench docs lock clean
 
 PYTHON ?= python3
 GO ?= go
@@ -26,10 +26,13 @@ demo: $(READY) ## certificates, server, agent and a service that only the agent 
 
 setup: $(READY) ## the virtual environment, which all other targets make as needed
 
-test: $(READY) go-is-here $(DEMO_CLIENT) coverage conformance ## all tests with coverage, and the conformance matrix against Go (needs Go)
+test: $(READY) go-is-here kube-servers $(DEMO_CLIENT) coverage conformance ## all tests with coverage, and the conformance matrix against Go (needs Go and etcd)
 
 test-fast: $(READY) ## the tests that start no programs (no Go, under 90 s)
-	$(BIN)/python -m pytest -q -m 'not programs' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -m 'not programs and not kube' $(PYTEST_ARGS)
+
+kube-servers: $(READY) go-is-here ## the Kubernetes of the tests, built once (4 to 8 minutes) and kept in the user's cache folder
+	@PYTHONPATH=tests $(BIN)/python -m kube.build
 
 coverage: $(READY)
 	@$(BIN)/coverage erase

@@ -26,12 +26,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "clusterproxy.http1": SANS_IO | {"clusterproxy.transport"},
     "clusterproxy.rpc": WIRE,
     "clusterproxy.telemetry": WIRE,
-    "clusterproxy.server": PROGRAM,
-    "clusterproxy.agent": PROGRAM,
+    # What it asks of an apiserver; its controllers count what they do.
+    "clusterproxy.kube": {"clusterproxy.telemetry"},
+    "clusterproxy.server": PROGRAM | {"clusterproxy.kube"},
+    "clusterproxy.agent": PROGRAM | {"clusterproxy.kube"},
     "clusterproxy.client": PROGRAM,
     "clusterproxy.bench": PROGRAM | {"clusterproxy.client"},
+    "clusterproxy.addon": PROGRAM | {"clusterproxy.kube"},
     "clusterproxy.cli": PROGRAM
-    | {"clusterproxy.server", "clusterproxy.agent", "clusterproxy.client", "clusterproxy.bench"},
+    | {
+        "clusterproxy.server",
+        "clusterproxy.agent",
+        "clusterproxy.client",
+        "clusterproxy.bench",
+        "clusterproxy.addon",
+    },
     "clusterproxy.__main__": {"clusterproxy.cli"},
     # Names of the client library, which are loaded when they are used.
     "clusterproxy": {"clusterproxy.client"},
@@ -48,6 +57,9 @@ ONE_MODULE_ONLY = (
     {"httpcore", "httpx"},
     {"anyio"},
     {"matplotlib"},
+    # Large: the proxies do without, unless a flag needs an apiserver.
+    {"kubernetes"},
+    {"yaml"},
 )
 
 

@@ -162,3 +162,51 @@ class ConfigError(ClusterProxyError):
         super().__init__(message)
         self.field = field
         self.message = message
+
+
+class KubeError(ClusterProxyError):
+    """A Kubernetes apiserver did not do what it was asked for.
+
+    Attributes:
+      status: of the HTTP answer, 0 without one.
+      reason: the machine-readable one of the ``Status`` object, such as ``NotFound``.
+      message: the apiserver's own words, which name the object.
+    """
+
+    def __init__(self, message: str, *, status: int = 0, reason: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.reason = reason
+
+
+class NotFound(KubeError):
+    """There is no such object, or no such kind of objects (404)."""
+
+
+class AlreadyExists(KubeError):
+    """An object of that name is there already (409, ``AlreadyExists``)."""
+
+
+class Conflict(KubeError):
+    """The object is another than the one that was meant (409)."""
+
+
+class Gone(KubeError):
+    """A version is too old to be watched from, or to be listed on (410)."""
+
+
+class Forbidden(KubeError):
+    """The identity may not do this (403)."""
+
+
+class Unauthorized(KubeError):
+    """The apiserver does not know the identity (401)."""
+
+
+class Invalid(KubeError):
+    """The object is not valid (422), or the request makes no sense (400)."""
+
+
+class KubeUnavailable(KubeError):
+    """The apiserver was not reached, did not answer in time, or is not able to (429, 5xx)."""

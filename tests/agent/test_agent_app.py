@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
 import trustme
 from certificates import write_ca, write_pair
-from harness import ScriptedServer, ScriptedServers, dial_ok, greeting, settle, values
+from harness import ScriptedServer, ScriptedServers, dial_ok, greeting, settle, value, values
 
 from clusterproxy.agent import app
 from clusterproxy.agent.config import AgentConfig
-from clusterproxy.errors import ConfigError
+from clusterproxy.errors import ConfigError, KubeUnavailable
 from clusterproxy.telemetry.agent_metrics import AgentMetrics
 from clusterproxy.transport.listener import listen_tcp
 from clusterproxy.transport.stream import Transport, tune
@@ -332,3 +334,93 @@ async def test_an_agent_without_a_certificate(
         await trio.sleep(5)
         failures = values(program.metrics.server_connection_failure_count)
         assert failures["to_server"] >= 2
+
+
+# -- a server that leaves --------------------------------------------------------------------------
+
+
+async def test_a_server_that_leaves(
+    files: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    async with running(files, monkeypatch) as program:
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        address = f"127.0.0.1:{listener.socket.getsockname()[1]}"
+        first = program.server
+        first.send(DialRequest("tcp", address, 5))
+        await first.expect(dial_ok(1, 5))
+        service = await listener.accept()
+        await trio.sleep(5)
+        program.servers.metadata = greeting("another")
+        (connection,) = program.servers.rpc.connections
+        begin = trio.current_time()
+        connection.announce_end()
+        while len(program.servers.peers) < 2:  # noqa: ASYNC110  nothing in the server tells of it
+            await trio.sleep(0.01)
+        assert trio.current_time() - begin < 0.1
+        # What is open goes on, and dials are still served.
+        first.send(Data(1, data=b"on"), DialRequest("tcp", address, 6))
+        await first.expect(dial_ok(2, 6))
+        assert await service.receive_some() == b"on"
+        await trio.sleep(20)
+        assert first.closed_with is None
+        assert len(program.servers.peers) == 2
+        metrics = program.metrics
+        assert value(metrics.open_server_connections) == 2
+        first.finish()
+        await settle()
+        assert value(metrics.open_server_connections) == 1
+        assert not values(metrics.server_connection_failure_count)
+        for stream in (service, await listener.accept()):
+            await stream.aclose()
+        await listener.aclose()
+
+
+# -- what needs Kubernetes -------------------------------------------------------------------------
+
+
+class Kubernetes:
+    """Stands in for the module that opens a real apiserver, which has no lease."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[str] = []
+        self.lists = 0
+        module = ModuleType("clusterproxy.kube.client")
+        module.open_kube_api = self._open  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    @contextlib.asynccontextmanager
+    async def _open(self, kubeconfig: str) -> AsyncGenerator[Kubernetes]:
+        self.asked.append(kubeconfig)
+        if kubeconfig == "broken":
+            raise ConfigError("kubeconfig", "broken: no such file")
+        yield self
+
+    async def list(self, *_: object, **__: object) -> None:
+        await trio.lowlevel.checkpoint()
+        self.lists += 1
+        raise KubeUnavailable("refused")
+
+
+async def test_leases_without_an_apiserver(
+    files: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    kubernetes = Kubernetes(monkeypatch)
+    config: dict[str, Any] = {"count_server_leases": True, "kubeconfig": "file"}
+    async with running(files, monkeypatch, **config) as program:
+        await trio.sleep(10)
+        assert kubernetes.asked == ["file"]
+        assert kubernetes.lists > 1
+        # The agent is there all the same.
+        assert len(program.servers.peers) == 1
+        assert value(program.metrics.known_server_count) == 1
+
+
+async def test_no_way_to_kubernetes(
+    files: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    Kubernetes(monkeypatch)
+    async with trio.open_nursery() as nursery:
+        config = Program(files, nursery).config
+    with pytest.raises(ConfigError) as caught:
+        await app.run_agent(AgentConfig(**config, count_server_leases=True, kubeconfig="broken"))
+    assert caught.value.field == "kubeconfig"

@@ -251,14 +251,3 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 def test_a_bad_default_port_is_for_validation_to_name() -> None:
     with pytest.raises(ConfigError, match="proxy server port 0 must be greater than 0"):
         AgentConfig(proxy_server_port=0).validate()
-
-
-def test_what_needs_kubernetes_is_refused_by_name() -> None:
-    config = AgentConfig(count_server_leases=True)
-    config.validate()
-    with pytest.raises(
-        ConfigError, match=r"--count-server-leases.* not available in this release"
-    ) as caught:
-        config.refuse_unavailable()
-    assert caught.value.field == "count-server-leases"
-    AgentConfig().refuse_unavailable()

@@ -17,7 +17,7 @@ from clusterproxy.agent.session import HandshakeError
 from clusterproxy.grpc import Status
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable
 
     from trio.testing import MockClock
 
@@ -39,6 +39,12 @@ class FakeSession:
     call: FakeCall = attrs.field(factory=FakeCall)
     over: trio.Event = attrs.field(factory=trio.Event)
     failure: Exception | None = None
+    leaving: bool = False
+    on_leave: Callable[[], None] = lambda: None
+
+    def leave(self) -> None:
+        self.leaving = True
+        self.on_leave()
 
     async def run(self) -> None:
         await self.over.wait()
@@ -58,6 +64,8 @@ class FakeDialer:
         self.attempts: list[tuple[float, str]] = []
         self.opened: list[FakeSession] = []
         self.closed: list[str] = []
+        #: Whether sessions leave before they are known.
+        self.sends_away = False
 
     @contextlib.asynccontextmanager
     async def open_session(self, host: str, _port: int) -> AsyncGenerator[FakeSession]:
@@ -67,7 +75,7 @@ class FakeDialer:
         answer = answers.pop(0) if len(answers) > 1 else answers[0]
         if isinstance(answer, Exception):
             raise answer
-        session = FakeSession(answer, self.count)
+        session = FakeSession(answer, self.count, leaving=self.sends_away)
         self.opened.append(session)
         try:
             yield session
@@ -79,6 +87,14 @@ class FakeDialer:
         return [time for time, _ in self.attempts]
 
 
+@attrs.define
+class FakeLeases:
+    valid: int
+
+    def count(self) -> int:
+        return self.valid
+
+
 @pytest.fixture(autouse=True)
 def _no_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(random, "random", lambda: 0.0)
@@ -86,12 +102,15 @@ def _no_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.asynccontextmanager
 async def syncing(
-    plan: dict[str, list[str | Exception]], count: int = 1, **config: object
+    plan: dict[str, list[str | Exception]],
+    count: int = 1,
+    leases: FakeLeases | None = None,
+    **config: object,
 ) -> AsyncGenerator[tuple[AgentState, FakeDialer, Servers]]:
     hosts = ",".join(plan)
     state = agent_state(proxy_server_host=hosts, **config)
     dialer = FakeDialer(plan, count)
-    servers = Servers(state, dialer)  # type: ignore[arg-type]
+    servers = Servers(state, dialer, leases)  # type: ignore[arg-type]
     async with trio.open_nursery() as nursery:
         nursery.start_soon(servers.sync)
         await settle()
@@ -99,6 +118,7 @@ async def syncing(
         nursery.cancel_scope.cancel()
     assert len(dialer.closed) == len(dialer.opened)
     assert not servers.sessions
+    assert not servers._leaving
 
 
 def is_connected(servers: Servers) -> bool:
@@ -161,7 +181,8 @@ async def test_servers_behind_a_load_balancer(autojump_clock: MockClock) -> None
     async with syncing({"lb": answers}, count=3) as (state, dialer, servers):
         await trio.sleep(30)
         assert set(servers.sessions) == {"A", "B", "C"}
-        assert dialer.times == pytest.approx([0, 1, 2, 3, 4, 5])
+        # In a hurry after each duplicate, while a server is missing.
+        assert dialer.times == pytest.approx([0, 1, 1.1, 2.1, 2.2, 2.4])
         # The duplicates are closed at once, and are no failures.
         assert dialer.closed == ["A", "A", "B"]
         assert not values(state.metrics.server_connection_failure_count)
@@ -280,6 +301,178 @@ async def test_two_addresses_of_one_server(autojump_clock: MockClock) -> None:
         dialer.opened[0].over.set()
         await trio.sleep(3)
         assert is_connected(servers)
+
+
+async def test_a_hurry_does_not_last(autojump_clock: MockClock) -> None:
+    """Four handshakes more for a server that comes or goes, then one in each interval."""
+    async with syncing({"lb": ["A"]}, count=2) as (_, dialer, servers):
+        await trio.sleep(5000.2)
+        assert dialer.times[:8] == pytest.approx([0, 1, 1.1, 1.3, 1.7, 2.5, 3.5, 4.5])
+        pauses = {round(b - a, 3) for a, b in zip(dialer.times[7:], dialer.times[8:], strict=False)}
+        assert pauses == {1}
+        before = len(dialer.times)
+        dialer.opened[0].over.set()
+        await settle()
+        dialer.plan["lb"] = ["B"]
+        await trio.sleep(1)
+        dialer.plan["lb"] = ["B", "B", "C"]
+        await trio.sleep(1.2)
+        assert set(servers.sessions) == {"B", "C"}
+        assert len(dialer.times) == before + 4
+
+
+async def test_no_hurry_while_the_agent_drains(autojump_clock: MockClock) -> None:
+    async with syncing({"lb": ["A"]}, count=2) as (_, dialer, servers):
+        await trio.sleep(1.05)
+        assert len(dialer.attempts) == 2
+        servers.draining = True
+        assert servers._interval() == 1
+        await trio.sleep(5)
+        assert len(dialer.attempts) == 2
+
+
+# -- A19: the number of servers --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("leases", "response", "source", "count"),
+    [
+        (3, 6, "default", 3),
+        (3, 6, "", 3),
+        (3, 6, "max", 6),
+        (6, 3, "max", 6),
+        (1, 0, "default", 1),
+        (1, 0, "max", 1),
+        (None, 6, "max", 6),
+        (None, 0, "default", 1),
+    ],
+)
+async def test_which_count_holds(
+    leases: int | None, response: int, source: str, count: int, autojump_clock: MockClock
+) -> None:
+    plan: dict[str, list[str | Exception]] = {"lb": [*"ABCDEFGH"]}
+    counter = None if leases is None else FakeLeases(leases)
+    async with syncing(plan, response, counter, server_count_source=source) as (state, _, servers):
+        await trio.sleep(20)
+        assert value(state.metrics.known_server_count) == len(servers.sessions) == count
+
+
+async def test_leases_come_and_go(autojump_clock: MockClock) -> None:
+    leases = FakeLeases(1)
+    plan: dict[str, list[str | Exception]] = {"lb": [*"ABC"]}
+    async with syncing(plan, 5, leases) as (state, _, servers):
+        await trio.sleep(5)
+        assert set(servers.sessions) == {"A"}
+        leases.valid = 2
+        await trio.sleep(2)
+        assert set(servers.sessions) == {"A", "B"}
+        leases.valid = 1
+        await trio.sleep(5)
+        # What is connected stays.
+        assert set(servers.sessions) == {"A", "B"}
+        assert value(state.metrics.known_server_count) == 1
+
+
+# -- servers that leave ----------------------------------------------------------------------------
+
+
+async def test_a_server_leaves(autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:
+    async with syncing({"lb": ["A", "B"]}) as (state, dialer, servers):
+        await trio.sleep(10.5)
+        dialer.opened[0].leave()
+        # No new client of that server reaches this cluster.
+        assert not is_connected(servers)
+        await settle()
+        # At once, and what is open goes on.
+        assert dialer.times == pytest.approx([0, 10.5])
+        assert set(servers.sessions) == {"B"}
+        assert is_connected(servers)
+        assert dialer.closed == []
+        assert value(state.metrics.open_server_connections) == 2
+        await trio.sleep(30)
+        assert len(dialer.attempts) == 2
+        dialer.opened[0].over.set()
+        await trio.sleep(30)
+        assert value(state.metrics.open_server_connections) == 1
+        assert dialer.closed == ["A"]
+        assert len(dialer.attempts) == 2
+        assert set(servers.sessions) == {"B"}
+    # It was expected.
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING][:-1]
+
+
+async def test_a_server_leaves_and_is_back_under_its_name(autojump_clock: MockClock) -> None:
+    """A server that has a fixed ID, such as its node's name, is no duplicate of the one that leaves."""
+    async with syncing({"lb": ["A"]}) as (state, dialer, servers):
+        await trio.sleep(5)
+        dialer.opened[0].leave()
+        await settle()
+        assert list(map(id, servers.sessions.values())) == [id(dialer.opened[1])]
+        dialer.opened[0].over.set()
+        await settle()
+        assert list(map(id, servers.sessions.values())) == [id(dialer.opened[1])]
+        assert value(state.metrics.open_server_connections) == 1
+
+
+async def test_one_of_several_leaves(autojump_clock: MockClock) -> None:
+    """The others are duplicates now: the new one is found in a hurry."""
+    answers: list[str | Exception] = ["A", "B", "B", "B", "C"]
+    async with syncing({"lb": answers}, count=2) as (_, dialer, servers):
+        await trio.sleep(100)
+        dialer.opened[0].leave()
+        await trio.sleep(0.35)
+        assert dialer.times == pytest.approx([0, 1, 100, 100.1, 100.3])
+        assert set(servers.sessions) == {"B", "C"}
+
+
+async def test_a_server_leaves_while_another_is_away(autojump_clock: MockClock) -> None:
+    plan: dict[str, list[str | Exception]] = {"a": ["A"], "b": [refused()]}
+    async with syncing(plan) as (_, dialer, servers):
+        await trio.sleep(60)
+        before = len(dialer.times)
+        while len(dialer.times) == before:  # noqa: ASYNC110  nothing tells of it
+            await trio.sleep(0.1)
+        await trio.sleep(1.5)
+        begin = trio.current_time()
+        dialer.opened[0].leave()
+        await settle()
+        # Not only when the pause of up to 10 s is over.
+        assert dialer.attempts[-1] == (round(begin, 3), "a")
+        assert set(servers.sessions) == {"A"}
+
+
+async def test_a_server_that_sends_everybody_away(autojump_clock: MockClock) -> None:
+    """It is asked once in each interval, not without end."""
+    async with syncing({"lb": ["A"]}) as (_, dialer, servers):
+        await trio.sleep(4.5)
+        dialer.sends_away = True
+        dialer.opened[0].leave()
+        await trio.sleep(5.2)
+        assert dialer.times == pytest.approx([0, 4.5, 5.5, 6.5, 7.5, 8.5, 9.5])
+        assert not is_connected(servers)
+        assert len(servers._leaving) == 7
+
+
+async def test_a_word_of_a_session_that_is_over(autojump_clock: MockClock) -> None:
+    async with syncing({"lb": ["A"]}) as (_, dialer, servers):
+        dialer.opened[0].over.set()
+        await settle()
+        dialer.opened[0].leave()
+        await trio.sleep(1.5)
+        assert is_connected(servers)
+        assert not servers._leaving
+
+
+async def test_drain_waits_for_sessions_that_leave(autojump_clock: MockClock) -> None:
+    async with syncing({"lb": ["A", "B"]}) as (_, dialer, servers):
+        await trio.sleep(2)
+        dialer.opened[0].leave()
+        dialer.opened[0].busy = True
+        await trio.sleep(2)
+        with trio.move_on_after(60) as limit:
+            await servers.drain()
+        assert limit.cancelled_caught
+        assert [session.drained for session in dialer.opened] == [1, 1]
 
 
 # -- A11: drain ------------------------------------------------------------------------------------

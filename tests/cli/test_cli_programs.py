@@ -29,6 +29,7 @@ def process_state(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
     """Put back what a program sets for its whole process; give it no environment of ours."""
     for name in (
         "PROXY_SERVER_ID",
+        "PROXY_SERVER_AGENT_ARRIVAL_TIMEOUT",
         "PROXY_AGENT_ID",
         "HTTPS_PROXY",
         "https_proxy",
@@ -219,13 +220,50 @@ def test_a_bad_command_line_is_told_below_the_usage(
     assert (out, configs) == ("", [])
 
 
-def test_what_is_not_there_yet_is_told_in_one_line(
-    configs: list[Any], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("value", "argv", "seconds"),
+    [
+        ("", [], 0),
+        ("1m30s", [], 90),
+        ("1m30s", ["--agent-arrival-timeout=5s"], 5),
+        ("nonsense", ["--agent-arrival-timeout=5s"], 5),
+    ],
+)
+def test_the_environment_may_say_how_long_dials_wait(
+    configs: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    value: str,
+    argv: list[str],
+    seconds: float,
 ) -> None:
-    assert agent.main(["--count-server-leases"]) == 1
-    assert capsys.readouterr().err == (
-        "error: counting servers by their leases (--count-server-leases) is not available in this release\n"
-    )
+    monkeypatch.setenv("PROXY_SERVER_AGENT_ARRIVAL_TIMEOUT", value)
+    assert server.main(["--uds-name=x", "--server-port=0", *argv]) == 0
+    assert configs[0].agent_arrival_timeout_s == seconds
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            "soon",
+            'invalid value "soon" of the environment\'s PROXY_SERVER_AGENT_ARRIVAL_TIMEOUT: time: invalid duration "soon"',
+        ),
+        (
+            "-1s",
+            "failed to validate server options with agent-arrival-timeout must be >= 0, got -1s",
+        ),
+    ],
+)
+def test_what_the_environment_says_is_checked(
+    configs: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    value: str,
+    message: str,
+) -> None:
+    monkeypatch.setenv("PROXY_SERVER_AGENT_ARRIVAL_TIMEOUT", value)
+    assert server.main(["--uds-name=x", "--server-port=0"]) == 1
+    assert capsys.readouterr().err.endswith(f"\n\nerror: {message}\n")
     assert configs == []
 
 

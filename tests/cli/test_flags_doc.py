@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import pytest
 
+from clusterproxy.addon.config import ControllersConfig, ManagerConfig
 from clusterproxy.agent.config import AgentConfig
+from clusterproxy.cli.addon_manager import manager_flags
 from clusterproxy.cli.agent import agent_flags
+from clusterproxy.cli.controllers import controllers_flags
 from clusterproxy.cli.klog import LOG_FLAGS
 from clusterproxy.cli.server import server_flags
 from clusterproxy.server.config import ServerConfig
@@ -39,19 +42,24 @@ def rows(heading: str) -> dict[str, list[str]]:
     return dict(zip(names, (row[1:] for row in cells[2:]), strict=True))
 
 
-TABLES = [("proxy-server", server_flags()), ("proxy-agent", agent_flags())]
+TABLES = [
+    ("proxy-server", server_flags()),
+    ("proxy-agent", agent_flags()),
+    ("addon-manager", manager_flags()),
+    ("controllers", controllers_flags()),
+]
 
 
 @pytest.mark.parametrize(("heading", "flags"), TABLES)
 def test_each_flag_has_its_row(heading: str, flags: FlagSet) -> None:
     own = {flag.name for flag in flags} - LOG_NAMES - {"help"}
     assert rows(heading).keys() == own
-    assert rows("Logging, both programs").keys() == LOG_NAMES
+    assert rows("Logging, all programs").keys() == LOG_NAMES
 
 
 @pytest.mark.parametrize(
     ("heading", "flags"),
-    [*TABLES, ("Logging, both programs", server_flags())],
+    [*TABLES, ("Logging, all programs", server_flags())],
     ids=lambda value: str(value)[:12],
 )
 def test_defaults_and_flags_without_effect_are_told(heading: str, flags: FlagSet) -> None:
@@ -68,6 +76,8 @@ def test_defaults_and_flags_without_effect_are_told(heading: str, flags: FlagSet
     [
         (ServerConfig, server_flags(), {"given"}),
         (AgentConfig, agent_flags(), {"given", "server_addresses", "proxy_environment"}),
+        (ManagerConfig, manager_flags(), {"given", "pod_namespace"}),
+        (ControllersConfig, controllers_flags(), {"given", "pod_namespace"}),
     ],
 )
 def test_each_field_has_one_flag_with_its_default(

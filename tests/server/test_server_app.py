@@ -7,6 +7,9 @@ import os
 import signal
 import socket
 import ssl
+import subprocess
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,8 +17,9 @@ import trio
 import trustme
 from certificates import write_ca, write_pair
 from harness import CONNECT, GO, PROXY, ClientPeer, dial_ok, settle, value, values
+from kube_script import ScriptedApi
 
-from clusterproxy.errors import ConfigError
+from clusterproxy.errors import ConfigError, KubeUnavailable
 from clusterproxy.http2.connection import Http2Connection
 from clusterproxy.http2.limits import Http2Limits
 from clusterproxy.rpc.channel import start_call
@@ -24,6 +28,7 @@ from clusterproxy.server.config import ServerConfig
 from clusterproxy.transport.listener import listen_tcp
 from clusterproxy.transport.stream import Transport, tune
 from clusterproxy.transport.tls import client_context
+from clusterproxy.tunnel.extension import offer
 from clusterproxy_proto import CloseRequest, CloseResponse, Data, DialRequest, DialResponse
 
 if TYPE_CHECKING:
@@ -31,6 +36,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trio.testing import MockClock
+
+    from clusterproxy.kube.api import KubeApi
 
 REQUEST = b"CONNECT target:443 HTTP/1.1\r\n\r\n"
 ESTABLISHED = b"HTTP/1.1 200 Connection Established\r\n\r\n"
@@ -130,9 +137,14 @@ class Program:
         await settle()
         return peer
 
-    async def agent(self, **options: Any) -> ClientPeer:
+    async def agent(
+        self, name: str = "agent", *, extended: bool = False, token: str = "", **options: Any
+    ) -> ClientPeer:
         transport = await self.transport("agent-port", ["h2"], **options)
-        return await self.call(transport, CONNECT, {"agentid": ["agent"]})
+        metadata: dict[str, Any] = {"agentid": [name], **(offer() if extended else {})}
+        if token:
+            metadata["authorization"] = [f"Bearer {token}"]
+        return await self.call(transport, CONNECT, metadata)
 
     async def client(self, **options: Any) -> ClientPeer:
         return await self.call(await self.transport("server-port", ["h2"], **options), PROXY)
@@ -162,8 +174,8 @@ async def running(
             program.ports[flag] = sock.getsockname()[1]
             return sock
 
-        def make_server(config: ServerConfig) -> app.ProxyServer:
-            program.server = make(config)
+        def make_server(config: ServerConfig, api: KubeApi | None) -> app.ProxyServer:
+            program.server = make(config, api)
             return program.server
 
         monkeypatch.setattr(app, "listen_tcp", listen_anywhere)
@@ -469,7 +481,7 @@ async def test_graceful_shutdown(
         agent.send(dial_ok(1, dial.random))
         await settle()
         signal.raise_signal(signal.SIGINT)
-        await trio.sleep(20)
+        await trio.sleep(10)
         # Not ready, no new connections, but what is open goes on.
         assert await program.get("health-port", "/readyz") == (500, "shutting down")
         with pytest.raises(OSError, match="refused"):
@@ -560,3 +572,256 @@ async def test_dials_are_answered_during_shutdown(
         await agent.expect(DialRequest("tcp", "target:1", 7))
         agent.send(DialResponse(error="refused", random=7))
         await client.expect(DialResponse(error="refused", random=7))
+
+
+# -- agents during the shutdown --------------------------------------------------------------------
+
+
+async def test_our_agents_are_told_and_go_on(
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    async with running(config, monkeypatch, tmp_path) as program:
+        agent, client = await program.agent(extended=True), await program.client()
+        signal.raise_signal(signal.SIGTERM)
+        await settle()
+        assert agent.connection.draining
+        # Idle or not, until the server ends: dials of clients that are still there are served.
+        await trio.sleep(24)
+        client.send(DialRequest("tcp", "target:1", 7))
+        await agent.expect(DialRequest("tcp", "target:1", 7))
+        agent.send(dial_ok(1, 7), Data(1, data=b"late"))
+        await client.expect(dial_ok(1, 7), Data(1, data=b"late"))
+        assert agent.closed_with is None
+        await program.stopped.wait()
+        assert trio.current_time() == pytest.approx(25, abs=0.1)
+
+
+async def test_an_idle_go_agent_is_parted_from(
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    """Its stream ends in order, and by no GOAWAY, when no dial can come any more."""
+    async with running(config, monkeypatch, tmp_path) as program:
+        agent, client = await program.agent(), await program.client()
+        ours = await program.agent("ours", extended=True)
+        signal.raise_signal(signal.SIGTERM)
+        await trio.sleep(0.9)
+        assert not agent.ended.is_set()
+        await trio.sleep(0.3)
+        assert await agent.status() == ("OK", "")
+        assert not agent.connection.draining
+        # The other one is all that is left.
+        client.send(DialRequest("tcp", "target:1", 7))
+        await ours.expect(DialRequest("tcp", "target:1", 7))
+
+
+async def test_a_go_agent_that_is_in_use(
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    async with running(config, monkeypatch, tmp_path) as program:
+        agents = [await program.agent(f"agent{n}") for n in range(3)]
+        client = await program.client()
+        asked: list[ClientPeer] = []
+        for number in range(40):
+            client.send(DialRequest("tcp", "target:1", number))
+            await settle()
+            (agent,) = (agent for agent in agents if agent.received)
+            dial = await agent.next()
+            assert isinstance(dial, DialRequest)
+            if agent not in asked:
+                asked.append(agent)
+                if len(asked) < 3:
+                    agent.send(dial_ok(1, number))
+                    assert await client.next() is not None
+                # The third one leaves the dial without an answer.
+                continue
+            agent.send(DialResponse(error="refused", random=number))
+            await client.expect(DialResponse(error="refused", random=number))
+        assert len(asked) == 3
+        signal.raise_signal(signal.SIGTERM)
+        await trio.sleep(5)
+        assert [agent.closed_with for agent in asked] == [None, None, None]
+        # It ends when its connection has ended.
+        asked[0].send(CloseResponse("", 1))
+        await trio.sleep(0.2)
+        assert [agent.closed_with for agent in asked] == [("OK", ""), None, None]
+        # And after half of the grace at the latest.
+        await trio.sleep(7.2)
+        assert [agent.closed_with for agent in asked] == [("OK", ""), None, None]
+        await trio.sleep(0.3)
+        assert [agent.closed_with for agent in asked] == [("OK", "")] * 3
+        assert trio.current_time() == pytest.approx(12.7, abs=0.2)
+
+
+async def test_a_client_that_does_not_answer_may_dial_yet(
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    async with running(config, monkeypatch, tmp_path) as program:
+        agent, client = await program.agent(), await program.client()
+        assert program.server is not None
+        (connection,) = program.server.frontends.connections
+        monkeypatch.setattr(connection, "ping", lambda *_: None)
+        signal.raise_signal(signal.SIGTERM)
+        await trio.sleep(4.5)
+        assert not agent.ended.is_set()
+        client.send(DialRequest("tcp", "target:1", 7))
+        await agent.expect(DialRequest("tcp", "target:1", 7))
+        agent.send(DialResponse(error="refused", random=7))
+        # The end is final after 5 s.
+        await trio.sleep(1)
+        assert agent.ended.is_set()
+        assert await agent.status() == ("OK", "")
+
+
+async def test_dials_wait_for_agents_after_the_start(
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    config["agent_arrival_timeout_s"] = 5.0
+    async with running(config, monkeypatch, tmp_path) as program:
+        client = await program.client()
+        client.send(DialRequest("tcp", "target:1", 7))
+        await trio.sleep(4)
+        agent = await program.agent()
+        await agent.expect(DialRequest("tcp", "target:1", 7))
+
+
+# -- what needs Kubernetes -------------------------------------------------------------------------
+
+
+class Kubernetes:
+    """Stands in for the module that opens a real apiserver."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+        self.api = ScriptedApi(answer)
+        self.asked: list[Any] = []
+        self.open = False
+        module = ModuleType("clusterproxy.kube.client")
+        module.open_kube_api = self._open  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    @contextlib.asynccontextmanager
+    async def _open(self, kubeconfig: str, **limits: Any) -> AsyncGenerator[ScriptedApi]:
+        self.asked.append((kubeconfig, limits))
+        if kubeconfig == "broken":
+            raise ConfigError("kubeconfig", "broken: no such file")
+        self.open = True
+        yield self.api
+        self.open = False
+
+
+GOOD = "good"
+TOKENS = {
+    "agent_namespace": "ns",
+    "agent_service_account": "agent",
+    "authentication_audience": "us",
+    "cluster_ca_cert": "",
+}
+
+
+def a_good_token(verb: str, what: Any) -> Any:
+    assert verb == "create"
+    user = {"username": "system:serviceaccount:ns:agent"}
+    good = what["spec"]["token"] == GOOD
+    return {"status": {"authenticated": good, "user": user, "audiences": ["us"]}}
+
+
+async def test_agents_with_tokens(
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    kubernetes = Kubernetes(monkeypatch, a_good_token)
+    config |= TOKENS | {"kubeconfig": "file", "kubeconfig_qps": 7.5, "kubeconfig_burst": 9}
+    async with running(config, monkeypatch, tmp_path) as program:
+        assert kubernetes.asked == [("file", {"qps": 7.5, "burst": 9})]
+        # None of them has a certificate.
+        for token, status in (("", "Unknown"), ("bad", "Unknown")):
+            refused = await program.agent(pair="", token=token)
+            assert (await refused.status())[0] == status
+        agent = await program.agent(pair="", token=GOOD)
+        client = await program.client()
+        client.send(DialRequest("tcp", "target:1", 7))
+        await agent.expect(DialRequest("tcp", "target:1", 7))
+        assert program.server is not None
+        assert program.server.lease is None
+    assert not kubernetes.open
+
+
+async def test_a_lease_for_as_long_as_the_server_is_there_for_new_agents(
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    kubernetes = Kubernetes(monkeypatch, lambda *_: KubeUnavailable("refused"))
+    config["enable_lease_controller"] = True
+    async with running(config, monkeypatch, tmp_path) as program:
+        assert kubernetes.asked == [("", {"qps": 0.0, "burst": 0})]
+        await program.client()
+        await trio.sleep(20)
+        # An apiserver that is away is asked again, and nothing else happens.
+        assert len(kubernetes.api.called("get")) > 3
+        signal.raise_signal(signal.SIGTERM)
+        await settle()
+        assert len(kubernetes.api.called("delete")) == 1
+        assert not program.stopped.is_set()
+        await program.stopped.wait()
+        assert program.status == 0
+        assert trio.current_time() == pytest.approx(45, abs=0.1)
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+async def test_an_apiserver_that_hangs_at_the_end(
+    signals: int,
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    Kubernetes(monkeypatch, lambda *_: None)
+    config |= {"enable_lease_controller": True}
+    async with running(config, monkeypatch, tmp_path) as program:
+        if signals == 2:
+            await program.client()
+        signal.raise_signal(signal.SIGTERM)
+        await settle()
+        if signals == 2:
+            signal.raise_signal(signal.SIGTERM)
+        await program.stopped.wait()
+        # The lease expires by itself.
+        assert trio.current_time() == pytest.approx(2 if signals == 1 else 0, abs=0.1)
+        assert program.status == signals - 1
+
+
+async def test_no_way_to_kubernetes(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    Kubernetes(monkeypatch, None)
+    with pytest.raises(ConfigError) as caught:
+        await app.run_server(
+            ServerConfig(**config | {"kubeconfig": "broken", "enable_lease_controller": True})
+        )
+    assert caught.value.field == "kubeconfig"
+
+
+def test_the_programs_do_without_the_kubernetes_client() -> None:
+    code = (
+        "import clusterproxy.server.app, clusterproxy.agent.app, sys\n"
+        "assert not {'kubernetes', 'urllib3', 'yaml', 'clusterproxy.kube.client'} & sys.modules.keys()"
+    )
+    subprocess.run((sys.executable, "-c", code), check=True, timeout=60)

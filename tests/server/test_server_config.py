@@ -79,6 +79,7 @@ def test_defaults_are_upstreams_but_for_the_better_ones() -> None:
         "total_buffer_bytes": 536_870_912,
         "stall_timeout_s": 10.0,
         "half_close_linger_s": 10.0,
+        "agent_arrival_timeout_s": 0.0,
         "log_format": "text",
         "verbosity": 0,
         "given": frozenset(),
@@ -261,6 +262,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "backend-dial-timeout",
         "backend-dial-timeout must be >= 0, got -1s",
     ),
+    (
+        {"agent_arrival_timeout_s": -1.0},
+        "agent-arrival-timeout",
+        "agent-arrival-timeout must be >= 0, got -1s",
+    ),
     *(
         ({field: 0}, flag, f"{flag} must be > 0, got 0")
         for field, flag in (
@@ -322,18 +328,10 @@ TOKEN = {"agent_namespace": "n", "agent_service_account": "s", "authentication_a
 
 
 @pytest.mark.parametrize(
-    ("changes", "flag"),
-    [(TOKEN, "agent-namespace"), ({"enable_lease_controller": True}, "enable-lease-controller")],
+    ("changes", "needed"),
+    [(TOKEN, True), ({"enable_lease_controller": True}, True), ({}, False)],
 )
-def test_what_needs_kubernetes_is_refused_by_name(
-    ca_cert: str, changes: dict[str, Any], flag: str
-) -> None:
-    config = ServerConfig(server_ca_cert=ca_cert, **changes)
+def test_what_needs_kubernetes(ca_cert: str, changes: dict[str, Any], *, needed: bool) -> None:
+    config = ServerConfig(server_ca_cert=ca_cert, kubeconfig=ca_cert, **changes)
     config.validate()
-    with pytest.raises(ConfigError, match=rf"--{flag}.* not available in this release") as caught:
-        config.refuse_unavailable()
-    assert caught.value.field == flag
-
-
-def test_nothing_else_is_refused(ca_cert: str) -> None:
-    ServerConfig(server_ca_cert=ca_cert, kubeconfig=ca_cert).refuse_unavailable()
+    assert config.needs_kubernetes is needed

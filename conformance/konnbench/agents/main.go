@@ -15,6 +15,8 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -31,6 +33,7 @@ func main() {
 	ca := flag.String("ca", "", "CA certificate file")
 	cert := flag.String("cert", "", "agent certificate file")
 	key := flag.String("key", "", "agent key file")
+	identifiers := flag.String("identifiers", "", "identifiers of each agent; %d is its number, from 1")
 	limit := flag.Duration("timeout", 60*time.Second, "limit for all to connect")
 	flag.Parse()
 
@@ -48,12 +51,13 @@ func main() {
 	for i := range sets {
 		// The defaults of upstream's agent program.
 		options := agent.ClientSetConfig{
-			Address:         *server,
-			AgentID:         fmt.Sprintf("bench-%d", i),
-			SyncInterval:    time.Second,
-			ProbeInterval:   time.Second,
-			SyncIntervalCap: 10 * time.Second,
-			XfrChannelSize:  150,
+			Address:          *server,
+			AgentID:          fmt.Sprintf("bench-%d", i),
+			AgentIdentifiers: strings.ReplaceAll(*identifiers, "%d", strconv.Itoa(i+1)),
+			SyncInterval:     time.Second,
+			ProbeInterval:    time.Second,
+			SyncIntervalCap:  10 * time.Second,
+			XfrChannelSize:   150,
 			DialOptions: []grpc.DialOption{
 				grpc.WithTransportCredentials(credentials.NewTLS(config)),
 				grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: time.Hour, PermitWithoutStream: true}),

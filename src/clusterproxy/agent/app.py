@@ -27,9 +27,10 @@ from .state import AgentState, PacketCounters
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator
 
     from .config import AgentConfig
+    from .leases import LeaseCount
 
 _log = logging.getLogger("clusterproxy.agent")
 
@@ -86,9 +87,31 @@ async def run_agent(config: AgentConfig) -> int:
     ends at the second signal, or when nothing was seen for ten seconds.
 
     Raises:
-      ConfigError: a file does not load or an address cannot be used.
+      ConfigError: a file does not load, an address cannot be used, or leases are to be counted and there
+        is no way to Kubernetes.
     """
     metrics = AgentMetrics()
+    async with _lease_count(config, metrics) as leases:
+        return await _run(config, metrics, leases)
+
+
+@contextlib.asynccontextmanager
+async def _lease_count(
+    config: AgentConfig, metrics: AgentMetrics
+) -> AsyncGenerator[LeaseCount | None]:
+    if not config.count_server_leases:
+        yield None
+        return
+    # Not before it is needed: the official client takes more memory than the rest of the program.
+    from clusterproxy.kube.client import open_kube_api
+
+    from .leases import LeaseCount
+
+    async with open_kube_api(config.kubeconfig) as api:
+        yield LeaseCount(api, config, metrics)
+
+
+async def _run(config: AgentConfig, metrics: AgentMetrics, leases: LeaseCount | None) -> int:
     tls = _contexts(config, metrics)
     state = AgentState(
         config=config,
@@ -98,7 +121,7 @@ async def run_agent(config: AgentConfig) -> int:
         data_packets=PacketCounters(metrics),
     )
     dialer = ServerDialer(state, tls)
-    servers = Servers(state, dialer)
+    servers = Servers(state, dialer, leases)
     health = agent_health_handler(metrics, lambda: servers.connected)
     admin = agent_admin_handler(
         health_port=config.health_server_port, enable_profiling=config.enable_profiling
@@ -128,6 +151,8 @@ async def run_agent(config: AgentConfig) -> int:
                     process.start_soon(accept_forever, listener, serve, process)
                 process.start_soon(tls.watch)
                 process.start_soon(keep_alive, dialer.connections, _keepalive_s(config))
+                if leases is not None:
+                    process.start_soon(leases.run)
                 process.start_soon(servers.sync)
                 await anext(signals)
                 _log.info("draining", extra={"agent_id": config.agent_id})

@@ -154,19 +154,6 @@ class AgentConfig:
                 raise ConfigError(name, f"{title} port {port} must be less than 65536")
         self._check_limits()
 
-    def refuse_unavailable(self) -> None:
-        """Refuse what needs Kubernetes.
-
-        Raises:
-            ConfigError: if counting the servers' leases is asked for.
-        """
-        if self.count_server_leases:
-            raise ConfigError(
-                "count-server-leases",
-                "counting servers by their leases (--count-server-leases) is not available "
-                "in this release",
-            )
-
     def _check_files(self) -> None:
         cert, key = self.agent_cert, self.agent_key
         if key:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
+from functools import partial
 from typing import TYPE_CHECKING, Final, Never, cast
 
 import trio
@@ -13,6 +15,7 @@ from clusterproxy.http2.adapter import H2Error
 
 if TYPE_CHECKING:
     from .dialer import ServerDialer
+    from .leases import LeaseCount
     from .session import Session
     from .state import AgentState
 
@@ -20,6 +23,9 @@ _log = logging.getLogger("clusterproxy.agent")
 
 _BACKOFF: Final = 1.5
 _JITTER: Final = 0.1
+
+# What is waited after a duplicate while a server is missing; it doubles with each further one.
+_HURRY_S: Final = 0.1
 
 _EXPECTED: Final = (
     OSError,
@@ -42,21 +48,40 @@ class Servers:
     Each attempt goes to the next address that is not known to lead to a server that is connected
     already. With one address that is a load balancer, which is asked until as many different servers
     have answered as there are.
+
+    A server that announces its end is counted no more: another one is looked for at once, while its session
+    goes on with what is open.
+
+    Args:
+      leases: counts the servers, where that is not left to their own word.
+
+    Attributes:
+      sessions: by server ID, without those that leave.
     """
 
-    def __init__(self, state: AgentState, dialer: ServerDialer) -> None:
+    def __init__(
+        self, state: AgentState, dialer: ServerDialer, leases: LeaseCount | None = None
+    ) -> None:
         self._state = state
         self._dialer = dialer
+        self._leases = leases
         self._addresses = list(state.config.server_addresses)
         self._leads_to: dict[tuple[str, int], str] = {}
         self._count = 1
+        self._duplicates = 0
+        self._attempted = -math.inf
+        self._wake = trio.Event()
         self.sessions: dict[str, Session] = {}
+        self._leaving: set[Session] = set()
         self.draining = False
-        state.metrics.known_server_count.set(1)
+        self._wanted()
 
     @property
     def connected(self) -> bool:
-        """Whether there is a session (what ``/readyz`` tells)."""
+        """Whether there is a session (what ``/readyz`` tells).
+
+        One that leaves is none: its server takes no new clients, so nobody could reach this cluster by it.
+        """
         return bool(self.sessions)
 
     async def sync(self) -> Never:
@@ -71,11 +96,45 @@ class Servers:
                 address = self._next()
                 if address is None or await self._connect(address, nursery):
                     wait = config.sync_interval_s
-                    pause = wait
+                    pause = self._interval()
                 else:
                     pause = wait
                     wait = min(wait * _BACKOFF, config.sync_interval_cap_s)
-                await trio.sleep(pause * (1 + _JITTER * random.random()))  # noqa: S311
+                await self._pause(pause * (1 + _JITTER * random.random()))  # noqa: S311
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait for the next attempt, and no longer when a server leaves.
+
+        But an attempt in each interval is enough, for there may be a server that sends everybody away.
+        """
+        with trio.move_on_after(seconds):
+            await self._wake.wait()
+            await trio.sleep_until(self._attempted + self._state.config.sync_interval_s)
+        self._wake = trio.Event()
+
+    def _interval(self) -> float:
+        """Return how long to wait after an attempt that was no failure.
+
+        Upstream waits for the whole interval, and behind a load balancer that chooses at random it takes long to
+        find the last of several servers. The load is bounded: 0.1, 0.2, 0.4 and 0.8 s make four handshakes
+        more for each server that comes or goes, then it is one in each interval as before.
+        """
+        interval = self._state.config.sync_interval_s
+        missing = len(self.sessions) < self._wanted() and not self.draining
+        if self._duplicates and missing:
+            return min(interval, _HURRY_S * 2.0 ** min(self._duplicates - 1, 16))
+        return interval
+
+    def _wanted(self) -> int:
+        """Return how many servers there are (upstream: pkg/agent/server_counter.go)."""
+        count = self._count
+        if self._leases is not None:
+            leases = self._leases.count()
+            count = (
+                max(leases, count) if self._state.config.server_count_source == "max" else leases
+            )
+        self._state.metrics.known_server_count.set(count)
+        return count
 
     def _next(self) -> tuple[str, int] | None:
         """Return the address to try now, or None if there is nothing to do."""
@@ -86,8 +145,8 @@ class Servers:
             for address in self._addresses
             if self._leads_to.get(address, "") not in self.sessions
         ]
-        config = self._state.config
-        if not fresh and len(self.sessions) >= self._count and not config.sync_forever:
+        missing = len(self.sessions) < self._wanted()
+        if not fresh and not missing and not self._state.config.sync_forever:
             return None
         chosen = (fresh or self._addresses)[0]
         # The next attempt begins behind this one.
@@ -97,6 +156,7 @@ class Servers:
 
     async def _connect(self, address: tuple[str, int], nursery: trio.Nursery) -> bool:
         """Try to open a session; return False after an error. A duplicate is none."""
+        self._attempted = trio.current_time()
         opened: bool = await nursery.start(self._serve, address)
         return opened
 
@@ -112,6 +172,7 @@ class Servers:
                 self._leads_to[address] = session.server_id
                 if session.server_id in self.sessions:
                     _log.debug("duplicate server: %s", session.server_id)
+                    self._duplicates += 1
                     started = True
                     task_status.started(True)
                     return
@@ -138,36 +199,56 @@ class Servers:
         self.sessions[session.server_id] = session
         # The answer of a duplicate does not count (upstream: connectOnce).
         self._count = max(1, session.server_count)
-        self._state.metrics.known_server_count.set(self._count)
-        self._note_count()
+        self._duplicates = 0
+        self._wanted()
+        self._note_sessions()
         _log.info(
             "connected to server",
             extra={"server_id": session.server_id, "server_count": session.server_count},
         )
         if self.draining:
             session.drain()
+        if session.leaving:
+            self._leave(session)
+        else:
+            session.on_leave = partial(self._leave, session)
+
+    def _leave(self, session: Session) -> None:
+        del self.sessions[session.server_id]
+        self._leaving.add(session)
+        self._duplicates = 0
+        self._wake.set()
+        _log.info("server leaves", extra={"server_id": session.server_id})
 
     def _remove(self, session: Session) -> None:
-        del self.sessions[session.server_id]
-        self._note_count()
-        _log.warning(
+        session.on_leave = lambda: None
+        expected = session in self._leaving
+        if expected:
+            self._leaving.discard(session)
+        else:
+            del self.sessions[session.server_id]
+            self._duplicates = 0
+        self._note_sessions()
+        _log.log(
+            logging.INFO if expected else logging.WARNING,
             "session ended: %s",
             session.call.message or session.call.status.go_name,
             extra={"server_id": session.server_id},
         )
 
-    def _note_count(self) -> None:
-        self._state.metrics.open_server_connections.set(len(self.sessions))
+    def _note_sessions(self) -> None:
+        """Set upstream's gauge, sessions that leave included: open they are."""
+        self._state.metrics.open_server_connections.set(len(self.sessions) + len(self._leaving))
 
     async def drain(self) -> None:
         """Send DRAIN everywhere, connect no more, return when nothing was used for a while."""
         self.draining = True
         self._state.last_use = trio.current_time()
-        for session in self.sessions.values():
+        for session in (*self.sessions.values(), *self._leaving):
             session.drain()
         while True:
             idle_since = self._state.last_use
-            if any(session.busy for session in self.sessions.values()):
+            if any(session.busy for session in (*self.sessions.values(), *self._leaving)):
                 idle_since = trio.current_time()
             if trio.current_time() - idle_since >= DRAIN_IDLE_S:
                 return

@@ -39,6 +39,8 @@ from .dial import EndpointDialError, dial
 from .endpoint import Endpoint, StreamEndpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from clusterproxy.http2.flow import Buffer
     from clusterproxy.rpc.channel import ClientCall
 
@@ -69,11 +71,14 @@ class Session:
     Attributes:
       server_id, server_count: as the server says, once :meth:`greet` returned.
       extended: whether the server knows credit, half-close and reset (docs/protocol-extensions.md).
+      on_leave: called once when the server announces its end; what is open goes on.
     """
 
     def __init__(self, state: AgentState, call: ClientCall) -> None:
         self._state = state
         self.call = call
+        self.on_leave: Callable[[], None] = lambda: None
+        call.connection.on_goaway = lambda: self.on_leave()
         self.server_id = ""
         self.server_count = 0
         self.extended = False
@@ -127,6 +132,11 @@ class Session:
     def drain(self) -> None:
         """Tell the server to choose other agents for new dials."""
         self._send(Drain())
+
+    @property
+    def leaving(self) -> bool:
+        """Whether the server has announced its end."""
+        return self.call.connection.draining
 
     @property
     def busy(self) -> bool:

@@ -80,7 +80,7 @@ def _flags(agent_id: str) -> Iterator[Flag]:
     )
     yield _flag("sync-forever", BOOL, "Go on looking for servers when all are connected.")
     yield _flag("xfr-channel-size", INT, "See --connection-buffer-size instead.", no_effect=True)
-    yield _flag("count-server-leases", BOOL, "Count servers by their leases. Not there yet.")
+    yield _flag("count-server-leases", BOOL, "Count servers by their leases.")
     yield _flag("lease-namespace", STRING, "Namespace of the servers' leases.")
     yield _flag("lease-label-selector", STRING, "Labels of the servers' leases.")
     yield Flag(
@@ -97,7 +97,11 @@ def _flags(agent_id: str) -> Iterator[Flag]:
         "Which count of servers holds: 'default' (leases if counted, else the servers' word) "
         "or 'max' (the larger).",
     )
-    yield _flag("kubeconfig", STRING, "Kubeconfig file for the leases.")
+    yield _flag(
+        "kubeconfig",
+        STRING,
+        "Kubeconfig file for the leases. Without it, the pod's service account.",
+    )
     yield _flag(
         "kube-api-content-type", STRING, "Content type of requests to the API.", no_effect=True
     )

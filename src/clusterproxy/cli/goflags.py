@@ -92,10 +92,14 @@ class Parsed:
 
 
 class FlagSet:
-    """The flags of one program."""
+    """The flags of one program; with *single_dash* ``-name`` is taken as ``--name``, too."""
 
-    def __init__(self, program: str, summary: str, flags: Iterable[Flag]) -> None:
+    def __init__(
+        self, program: str, summary: str, flags: Iterable[Flag], *, single_dash: bool = False
+    ) -> None:
         self.program = program
+        # Go's own flag package knows no groups of letters: one dash is as good as two.
+        self._single_dash = single_dash
         self._summary = summary
         help_flag = attrs.evolve(HELP, usage=f"help for {program}")
         self._flags = {flag.name: flag for flag in (*flags, help_flag)}
@@ -141,7 +145,10 @@ class FlagSet:
             if arg.startswith("--"):
                 self._long(arg, rest, put)
             elif arg.startswith("-") and arg != "-":
-                self._short(arg[1:], rest, put)
+                if self._single_dash and arg[1:] not in self._shorthands:
+                    self._long(f"-{arg}", rest, put)
+                else:
+                    self._short(arg[1:], rest, put)
             else:
                 arguments.append(arg)
         return Parsed(values=values, given=frozenset(given), arguments=tuple(arguments))

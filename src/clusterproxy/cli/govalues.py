@@ -149,7 +149,7 @@ def _show_bool(value: bool) -> str:
 
 
 def _show_number(value: float) -> str:
-    return str(value) if value else ""
+    return str(value).removesuffix(".0") if value else ""
 
 
 def _show_duration(value: float) -> str:

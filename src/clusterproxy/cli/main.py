@@ -20,7 +20,7 @@ class _GoCommand(click.Command):
         return []
 
     def invoke(self, ctx: click.Context) -> None:
-        module = importlib.import_module(f"clusterproxy.cli.{self.name}")
+        module = importlib.import_module(f"clusterproxy.cli.{str(self.name).replace('-', '_')}")
         ctx.exit(module.main(ctx.args))
 
 
@@ -70,12 +70,14 @@ Instead of the environment, a config file ~/.config/clusterproxy/config.toml:
 def main() -> None:
     """Open Cluster Management's Cluster Proxy: services behind agents, reached through a server.
 
-    The programs are server and agent; the other commands are for people.
+    The programs are server, agent, addon-manager and controllers; the other commands are for people.
     """
 
 
 main.add_command(_GoCommand("server", "The proxy server, as proxy-server."))
 main.add_command(_GoCommand("agent", "The proxy agent, as proxy-agent."))
+main.add_command(_GoCommand("addon-manager", "The hub's manager of the add-on."))
+main.add_command(_GoCommand("controllers", "Keeps the service proxies' certificate."))
 
 
 @main.command()

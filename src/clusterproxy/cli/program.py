@@ -30,7 +30,6 @@ class _Config(Protocol):
     @property
     def verbosity(self) -> int: ...
     def validate(self) -> None: ...
-    def refuse_unavailable(self) -> None: ...
 
 
 _C = TypeVar("_C", bound=_Config)
@@ -63,7 +62,6 @@ def run_program(
     except ConfigError as exc:
         return _misused(flags, f"failed to validate {options} with {exc.message}")
     try:
-        config.refuse_unavailable()
         return _run(load(), config)
     except (ConfigError, OSError, ExceptionGroup) as exc:
         leaves = list(_leaves(exc))

@@ -6,6 +6,8 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING
 
+from clusterproxy.errors import ConfigError
+from clusterproxy.gotext import quote
 from clusterproxy.server.config import ServerConfig, parse_strategies
 
 from .goflags import Flag, FlagSet, Parsed, flag_of
@@ -21,10 +23,13 @@ _SUMMARY = (
     "server,\nand forwards them to the agents that have dialled it."
 )
 
+# A Deployment can say this also where the image may be Go's, which would not know the flag.
+_ARRIVAL_TIMEOUT = "PROXY_SERVER_AGENT_ARRIVAL_TIMEOUT"
+
 _flag = partial(flag_of, ServerConfig)
 
 
-def _flags(server_id: str) -> Iterator[Flag]:
+def _flags(server_id: str, arrival_timeout_s: float) -> Iterator[Flag]:
     yield _flag("server-cert", STRING, "Certificate file for client connections.")
     yield _flag("server-key", STRING, "Key file for client connections.")
     yield _flag("server-ca-cert", STRING, "File of the CAs that clients' certificates come from.")
@@ -59,20 +64,18 @@ def _flags(server_id: str) -> Iterator[Flag]:
         default=server_id,
     )
     yield _flag("server-count", INT, "Number of servers that agents are to connect to.")
+    yield _flag("agent-namespace", STRING, "Namespace of agents that authenticate by token.")
     yield _flag(
-        "agent-namespace", STRING, "Namespace of agents that authenticate by token. Not there yet."
+        "agent-service-account", STRING, "Service account of agents that authenticate by token."
     )
     yield _flag(
-        "agent-service-account",
+        "authentication-audience", STRING, "Audience of tokens that agents authenticate by."
+    )
+    yield _flag(
+        "kubeconfig",
         STRING,
-        "Service account of agents that authenticate by token. Not there yet.",
+        "Kubeconfig file for token reviews and leases. Without it, the pod's service account.",
     )
-    yield _flag(
-        "authentication-audience",
-        STRING,
-        "Audience of tokens that agents authenticate by. Not there yet.",
-    )
-    yield _flag("kubeconfig", STRING, "Kubeconfig file for token reviews and leases.")
     yield _flag("kubeconfig-qps", FLOAT32, "Most requests per second to the Kubernetes API.")
     yield _flag("kubeconfig-burst", INT, "Most requests in a burst to the Kubernetes API.")
     yield _flag(
@@ -89,7 +92,7 @@ def _flags(server_id: str) -> Iterator[Flag]:
         "tls-min-version", STRING, "VersionTLS12 (as empty) or VersionTLS13; lower ones are as 12."
     )
     yield _flag("xfr-channel-size", INT, "See --connection-buffer-size instead.", no_effect=True)
-    yield _flag("enable-lease-controller", BOOL, "Publish a lease for this server. Not there yet.")
+    yield _flag("enable-lease-controller", BOOL, "Publish a lease for this server.")
     yield _flag("lease-namespace", STRING, "Namespace of the servers' leases.")
     yield _flag("lease-label", STRING, "Labels of the servers' leases.")
     yield _flag(
@@ -101,6 +104,13 @@ def _flags(server_id: str) -> Iterator[Flag]:
         "backend-dial-timeout",
         DURATION,
         "How long a dial may wait for the agent's answer. 0 is no limit.",
+    )
+    yield _flag(
+        "agent-arrival-timeout",
+        DURATION,
+        "How long after the start dials wait for agents that are not connected yet. "
+        f"Without it, the environment's {_ARRIVAL_TIMEOUT}.",
+        default=arrival_timeout_s,
     )
     yield Flag(
         name="warn-on-channel-limit",
@@ -157,16 +167,19 @@ def _flags(server_id: str) -> Iterator[Flag]:
     yield from LOG_FLAGS
 
 
-def server_flags(server_id: str = "") -> FlagSet:
-    """The flags of the proxy server; *server_id* is the default that the environment names."""
-    return FlagSet("proxy-server", _SUMMARY, _flags(server_id))
+def server_flags(server_id: str = "", arrival_timeout_s: float = 0.0) -> FlagSet:
+    """The flags of the proxy server; the arguments are defaults that the environment names."""
+    return FlagSet("proxy-server", _SUMMARY, _flags(server_id, arrival_timeout_s))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the proxy server with the flags in *argv* (``sys.argv``) and return its exit status."""
-    flags = server_flags(os.environ.get("PROXY_SERVER_ID", ""))
+    arrival_timeout_s, problem = _arrival_timeout()
+    flags = server_flags(os.environ.get("PROXY_SERVER_ID", ""), arrival_timeout_s)
 
     def build(parsed: Parsed) -> ServerConfig:
+        if problem is not None and "agent-arrival-timeout" not in parsed.given:
+            raise problem
         values = parsed.fields(flags)
         values["proxy_strategies"] = parse_strategies(values["proxy_strategies"])
         if not values["server_id"]:
@@ -179,3 +192,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_server
 
     return run_program(flags, "server options", build, load, argv)
+
+
+def _arrival_timeout() -> tuple[float, ConfigError | None]:
+    text = os.environ.get(_ARRIVAL_TIMEOUT, "")
+    try:
+        return DURATION.parse(text) if text else 0.0, None
+    except ValueError as exc:
+        message = f"invalid value {quote(text)} of the environment's {_ARRIVAL_TIMEOUT}: {exc}"
+        return 0.0, ConfigError("agent-arrival-timeout", message)

@@ -60,6 +60,7 @@ class Http2Connection:
       windows, credit: what its streams' windows, and credit that is granted on them, may grow by.
       keepalive: silence before a PING and after it in seconds, where the general ones do not hold.
       on_idle: called once when the last stream of a draining connection has ended.
+      on_goaway: called once when the peer has announced the end of the connection.
 
     Args:
       transport: connected, TLS shaken hands.
@@ -97,6 +98,7 @@ class Http2Connection:
         self.at_fault = False
         self.draining = False
         self.on_idle: Callable[[], None] | None = None
+        self.on_goaway: Callable[[], None] | None = None
         self.keepalive: tuple[float, float] | None = None
         self._transport = transport
         self._client = client
@@ -208,7 +210,7 @@ class Http2Connection:
             for stream in list(self.streams.values()):
                 self._forget(stream, ErrorCode.CANCEL, self.lost, tell=True)
         # Cycles of references would keep all of it until the garbage collector comes by.
-        self._on_request = self._on_limit = self.on_idle = None
+        self._on_request = self._on_limit = self.on_idle = self.on_goaway = None
         self._pings.clear()
         self.output.dispose()
         self.h2.dispose()
@@ -365,6 +367,9 @@ class Http2Connection:
                     stream, ErrorCode.REFUSED_STREAM, "not accepted before GOAWAY", tell=True
                 )
         self._check_idle()
+        if self.on_goaway is not None:
+            on_goaway, self.on_goaway = self.on_goaway, None
+            on_goaway()
 
     # -- streams -----------------------------------------------------------------------------------
 

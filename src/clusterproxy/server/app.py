@@ -28,14 +28,19 @@ from clusterproxy.tunnel.budget import Budget
 from .backend import backend_opener
 from .backends import BackendPool
 from .connect import ConnectTunnel
+from .farewell import take_leave
 from .frontend import frontend_opener
+from .leases import ServerLease
 from .state import PacketCounters, ServerState
 from .status import status_route
+from .token_authentication import TokenReviews, authenticated_opener
 
 if TYPE_CHECKING:
     import socket
     import ssl
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
+
+    from clusterproxy.kube.api import KubeApi
 
     from .config import ServerConfig
 
@@ -55,11 +60,14 @@ _CONNECT: Final = "/AgentService/Connect"
 class ProxyServer:
     """One proxy server: what its listeners share.
 
+    Args:
+      api: there if the configuration needs one.
+
     Raises:
       ConfigError: a certificate, key or CA file does not load.
     """
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, api: KubeApi | None = None) -> None:
         self.config = config
         self.metrics = ServerMetrics()
         self.state = ServerState(
@@ -83,8 +91,16 @@ class ProxyServer:
             on_limit=self._count_limit,
             peers="a client",
         )
+        open_backend = backend_opener(self.state)
+        if config.authenticates_agents:
+            assert api is not None  # noqa: S101  whoever asks for the one brings the other
+            open_backend = authenticated_opener(self.state, TokenReviews(api, config))
+        self.lease: ServerLease | None = None
+        if config.enable_lease_controller:
+            assert api is not None  # noqa: S101
+            self.lease = ServerLease(api, config, self.metrics)
         self.agents = RpcServer(
-            {_CONNECT: backend_opener(self.state)},
+            {_CONNECT: open_backend},
             limits=attrs.evolve(limits, max_streams=_AGENT_STREAMS, window=_AGENT_WINDOW),
             on_limit=self._count_limit,
             peers="an agent",
@@ -206,12 +222,21 @@ class ProxyServer:
             self.state.look_at_queues()
 
     async def drain(self) -> None:
-        """Take no more calls and wait for those that are open."""
+        """Take no more calls, and wait for those that are open while agents go to other servers."""
         self.draining = True
+        self.state.arrivals.close()
         if not self._clients:
             return
         self.frontends.drain()
-        await self._idle.wait()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(
+                take_leave,
+                self.state.pool,
+                self.frontends.connections,
+                self.config.graceful_shutdown_timeout_s / 2,
+            )
+            await self._idle.wait()
+            nursery.cancel_scope.cancel()
 
 
 @contextlib.asynccontextmanager
@@ -223,16 +248,36 @@ async def _unlinked(path: str) -> AsyncGenerator[None]:
             Path(path).unlink(missing_ok=True)  # noqa: ASYNC240  at the end of the program
 
 
+@contextlib.asynccontextmanager
+async def _kube_api(config: ServerConfig) -> AsyncGenerator[KubeApi | None]:
+    if not config.needs_kubernetes:
+        yield None
+        return
+    # Not before it is needed: the official client takes more memory than the rest of the program.
+    from clusterproxy.kube.client import open_kube_api
+
+    async with open_kube_api(
+        config.kubeconfig, qps=config.kubeconfig_qps, burst=config.kubeconfig_burst
+    ) as api:
+        yield api
+
+
 async def run_server(config: ServerConfig) -> int:
     """Run a proxy server until it is told to end by SIGINT or SIGTERM; return its exit status.
 
-    The first signal starts a graceful end: not ready, no new connections, GOAWAY, and open tunnels
-    go on for ``graceful_shutdown_timeout_s``. The second one ends it at once, with status 1.
+    The first signal starts a graceful end: not ready, no new connections, GOAWAY, no lease any more, and
+    open tunnels go on for ``graceful_shutdown_timeout_s``. The second one ends it at once, with status 1.
 
     Raises:
-      ConfigError: a file does not load or an address cannot be used.
+      ConfigError: a file does not load, an address cannot be used, or Kubernetes is needed and there is
+        no way to it.
     """
-    server = ProxyServer(config)
+    async with _kube_api(config) as api:
+        return await _listen(ProxyServer(config, api))
+
+
+async def _listen(server: ProxyServer) -> int:
+    config = server.config
     health = server_health_handler(server.metrics, server.ready)
     admin = server_admin_handler(
         server.metrics,
@@ -276,6 +321,8 @@ async def _run(
     status = 0
     async with trio.open_nursery() as process:
         process.start_soon(server.maintain)
+        if server.lease is not None:
+            process.start_soon(server.lease.run)
         tunnels, probes = listeners[:2], listeners[2:]
         async with trio.open_nursery() as connections:
             for listener, serve in probes:
@@ -294,6 +341,8 @@ async def _run(
                 )
                 await anext(signals)
                 accepting.cancel_scope.cancel()
+            if server.lease is not None:
+                server.lease.release()
             _log.info("draining for up to %g s", config.graceful_shutdown_timeout_s)
             async with trio.open_nursery() as draining:
 
@@ -308,6 +357,8 @@ async def _run(
                     await server.drain()
                 draining.cancel_scope.cancel()
             connections.cancel_scope.cancel()
+        if server.lease is not None and not status:
+            await server.lease.over.wait()
         process.cancel_scope.cancel()
     _log.info("stopped")
     return status

@@ -69,8 +69,8 @@ class Backend:
     def __init__(self, state: ServerState, call: ServerCall) -> None:
         self._state = state
         self.call = call
-        self.agent_id = _agent_id(call)
-        self.identifiers = _identifiers(call)
+        self.agent_id = agent_id(call)
+        self.identifiers = identifiers(call)
         #: Whether the agent knows credit, half-close and reset (docs/protocol-extensions.md).
         self.extended = accepted(call.metadata)
         self.started = trio.current_time()
@@ -146,6 +146,12 @@ class Backend:
                 _log.exception("bug at the end of a dial", extra={"agent_id": self.agent_id})
         self._timed = False
         return float("inf")
+
+    def part(self) -> None:
+        """Choose this stream no more, and end it in order: the agent is to go to another server."""
+        self.draining = True
+        self._state.pool.remove(self)
+        self._end()
 
     def retire(self, reason: str) -> None:
         """Choose this stream no more, and end it."""
@@ -478,7 +484,7 @@ def _name(packet_type: int) -> str:
     return PacketType(packet_type).name if packet_type in _TYPES else "Unknown"
 
 
-def _agent_id(call: ServerCall) -> str:
+def agent_id(call: ServerCall) -> str:
     values = call.metadata.get("agentid", [])
     if len(values) != 1:
         listed = " ".join(map(str, values))
@@ -486,7 +492,7 @@ def _agent_id(call: ServerCall) -> str:
     return str(values[0])
 
 
-def _identifiers(call: ServerCall) -> Identifiers:
+def identifiers(call: ServerCall) -> Identifiers:
     values = call.metadata.get("agentidentifiers", [])
     if len(values) > 1:
         listed = " ".join(map(str, values))

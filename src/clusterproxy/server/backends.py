@@ -81,7 +81,11 @@ def _default_route(backend: Backend) -> Iterable[str]:
 
 
 class BackendPool:
-    """All backends of a server, under each of its strategies in turn."""
+    """All backends of a server, under each of its strategies in turn.
+
+    Attributes:
+      on_add: called when there is another one.
+    """
 
     def __init__(self, strategies: Iterable[str], metrics: ServerMetrics) -> None:
         makers = {
@@ -92,6 +96,7 @@ class BackendPool:
         self._strategies = [makers[name]() for name in strategies]
         self._metrics = metrics
         self.backends: set[Backend] = set()
+        self.on_add: Callable[[], None] = lambda: None
         self._count()
 
     @property
@@ -104,6 +109,7 @@ class BackendPool:
         for strategy in self._strategies:
             strategy.add(backend)
         self._count()
+        self.on_add()
 
     def remove(self, backend: Backend) -> None:
         """Take a backend out; it may be out already."""

@@ -73,6 +73,8 @@ class ServerConfig:
     """How long connections may go on after a signal; 0 ends them at once."""
     backend_dial_timeout_s: float = 28.0
     """How long a dial may wait for the agent's answer; 0 is no limit."""
+    agent_arrival_timeout_s: float = 0.0
+    """How long after the start a dial waits for an agent that is not there yet."""
 
     max_handshakes: int = 512
     max_concurrent_streams: int = 10_000
@@ -92,10 +94,16 @@ class ServerConfig:
     """The names of the flags that were set, for where a default may be chosen by circumstance."""
 
     @property
-    def _authenticates_agents(self) -> bool:
+    def authenticates_agents(self) -> bool:
+        """Whether agents authenticate by the tokens of a service account."""
         return bool(
             self.agent_namespace or self.agent_service_account or self.authentication_audience
         )
+
+    @property
+    def needs_kubernetes(self) -> bool:
+        """Whether there is something to ask an apiserver for."""
+        return self.authenticates_agents or self.enable_lease_controller
 
     def validate(self) -> None:
         """Check as ``ProxyRunOptions.Validate`` does, in its order and words, then our own flags.
@@ -133,28 +141,11 @@ class ServerConfig:
         for name, seconds in (
             ("graceful-shutdown-timeout", self.graceful_shutdown_timeout_s),
             ("backend-dial-timeout", self.backend_dial_timeout_s),
+            ("agent-arrival-timeout", self.agent_arrival_timeout_s),
         ):
             if seconds < 0:
                 raise ConfigError(name, f"{name} must be >= 0, got {format_seconds(seconds)}")
         self._check_limits()
-
-    def refuse_unavailable(self) -> None:
-        """Refuse what needs Kubernetes.
-
-        Raises:
-            ConfigError: if token authentication of agents or the lease controller is asked for.
-        """
-        if self._authenticates_agents:
-            raise ConfigError(
-                "agent-namespace",
-                "authentication of agents by token (--agent-namespace, --agent-service-account, "
-                "--authentication-audience) is not available in this release",
-            )
-        if self.enable_lease_controller:
-            raise ConfigError(
-                "enable-lease-controller",
-                "the lease controller (--enable-lease-controller) is not available in this release",
-            )
 
     def _check_pair(self, side: str) -> None:
         cert: str = getattr(self, f"{side}_cert")
@@ -228,7 +219,7 @@ class ServerConfig:
                 )
 
     def _check_token_authentication(self) -> None:
-        if not self._authenticates_agents:
+        if not self.authenticates_agents:
             return
         if self.cluster_ca_cert:
             raise ConfigError(

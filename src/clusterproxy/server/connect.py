@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from clusterproxy.http2.flow import Buffer
     from clusterproxy.transport.stream import Transport
 
+    from .backend import Backend
     from .state import ServerState
 
 _log = logging.getLogger("clusterproxy.server")
@@ -111,7 +112,7 @@ class ConnectTunnel(Client):
         address, early = await self._read_request()
         if len(address) > MAX_ADDRESS:
             await self._answer(_bare(400, "Bad Request"))
-        backend = self._state.pool.choose(address)
+        backend = await self._choose(address)
         if backend is None:
             self._state.count_dial_failure("no_agent")
             _log.warning("dial of %.256s failed: no agent", address)
@@ -226,6 +227,21 @@ class ConnectTunnel(Client):
             await trio.lowlevel.checkpoint()
 
     # -- the dial ----------------------------------------------------------------------------------
+
+    async def _choose(self, address: str) -> Backend | None:
+        backend = self._state.pool.choose(address)
+        if backend is None and self._state.arrivals.open:
+            waiting = trio.CancelScope()
+            self.spawn(self._watch_client, waiting)
+            backend = await self._state.arrivals.choose(address)
+            waiting.cancel()
+        return backend
+
+    async def _watch_client(self, waiting: trio.CancelScope) -> None:
+        with waiting:
+            while True:
+                await trio.sleep(_DIAL_LOOK_S)
+                self.check_client()
 
     async def _await_dial(self) -> None:
         while not self._dialed.is_set():

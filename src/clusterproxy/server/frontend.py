@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
     from clusterproxy.rpc.server import ServerCall
 
+    from .backend import Backend
     from .state import ServerState
 
 _log = logging.getLogger("clusterproxy.server")
@@ -61,6 +62,18 @@ _CLOSED_LIMIT: Final = 1024
 
 # Dials of one stream that wait for their agents. Go clients have one.
 _PENDING_LIMIT: Final = 256
+
+
+class _HeldDial:
+    """A dial that waits for an agent to come: the client may take it back as one that waits for an answer."""
+
+    def __init__(self) -> None:
+        self.scope = trio.CancelScope()
+
+    def withdraw(self) -> None:
+        self.scope.cancel()
+
+    abandon = withdraw
 
 
 class Frontend(Client):
@@ -83,7 +96,7 @@ class Frontend(Client):
         # By the number that the client knows, which differs from the agent's only if two agents
         # happened to choose the same one.
         self.connections: dict[int, FrontendConnection] = {}
-        self._dials: dict[int, PendingDial] = {}
+        self._dials: dict[int, PendingDial | _HeldDial] = {}
         # Closed, but with something for the client that is not on its way yet.
         self._leaving: set[FrontendConnection] = set()
         self._closed: dict[int, None] = {}
@@ -182,6 +195,21 @@ class Frontend(Client):
             self._send(DialResponse(error=error, random=request.random))
             return
         backend = self._state.pool.choose(request.address)
+        if backend is None and self._state.arrivals.open:
+            held = self._dials[request.random] = _HeldDial()
+            self.call.start_soon(self._await_agent, request, held)
+        else:
+            self._dial(request, backend)
+
+    async def _await_agent(self, request: DialRequest, held: _HeldDial) -> None:
+        with held.scope:
+            backend = await self._state.arrivals.choose(request.address)
+            # The client may have left in the moment in which the agent came.
+            if self._dials.get(request.random) is held:
+                del self._dials[request.random]
+                self._dial(request, backend)
+
+    def _dial(self, request: DialRequest, backend: Backend | None) -> None:
         if backend is None:
             self._state.count_dial_failure("no_agent")
             _log.warning(

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
+from .arrivals import Arrivals
+
 if TYPE_CHECKING:
     from clusterproxy.telemetry.cells import Cell
     from clusterproxy.telemetry.server_metrics import ServerMetrics
@@ -46,6 +48,15 @@ class ServerState:
     buffered_bytes: Cell = attrs.field(
         init=False,
         default=attrs.Factory(lambda self: self.metrics.buffered_bytes.labels(), takes_self=True),
+    )
+
+    #: Where dials may wait for agents that this server, just started, does not have yet.
+    arrivals: Arrivals = attrs.field(
+        init=False,
+        default=attrs.Factory(
+            lambda self: Arrivals(self.pool, self.metrics, self.config.agent_arrival_timeout_s),
+            takes_self=True,
+        ),
     )
 
     #: Connections with something that waits for their clients.

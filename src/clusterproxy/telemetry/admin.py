@@ -17,7 +17,7 @@ from clusterproxy.telemetry.profiling import PROFILING_ROUTES
 
 if TYPE_CHECKING:
     from clusterproxy.telemetry.agent_metrics import AgentMetrics
-    from clusterproxy.telemetry.metrics import ProgramMetrics
+    from clusterproxy.telemetry.metrics import Metrics
     from clusterproxy.telemetry.server_metrics import ServerMetrics
 
 Route = Callable[[Request], Response]
@@ -90,6 +90,16 @@ def agent_admin_handler(*, health_port: int, enable_profiling: bool) -> Route:
     return _router({"/metrics": metrics_moved}, enable_profiling=enable_profiling)
 
 
+def probe_handler() -> Route:
+    """Return the health port of a controller: it is alive and ready once it answers (controller-runtime's ping)."""
+    return _router({"/healthz": _ok, "/readyz": _ok})
+
+
+def metrics_handler(metrics: Metrics) -> Route:
+    """Return a port that has metrics alone."""
+    return _router({"/metrics": _metrics_route(metrics)})
+
+
 def _router(routes: Mapping[str, Route], *, enable_profiling: bool = False) -> Route:
     table = dict(routes)
     if enable_profiling:
@@ -111,7 +121,7 @@ def _ok(_request: Request) -> Response:
     return Response.text("ok")
 
 
-def _metrics_route(metrics: ProgramMetrics) -> Route:
+def _metrics_route(metrics: Metrics) -> Route:
     def route(_request: Request) -> Response:
         body, content_type = render(metrics)
         return Response(200, body, content_type)

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from clusterproxy.telemetry.cells import HistogramFamily
-    from clusterproxy.telemetry.metrics import ProgramMetrics
+    from clusterproxy.telemetry.metrics import Metrics
 
 
-def render(metrics: ProgramMetrics, registry: CollectorRegistry = REGISTRY) -> tuple[bytes, str]:
+def render(metrics: Metrics, registry: CollectorRegistry = REGISTRY) -> tuple[bytes, str]:
     """Return the exposition of *metrics* in the classic text format, and its content type.
 
     The collectors of *registry* follow; prometheus_client's own registry holds those of process, interpreter and

@@ -16,8 +16,28 @@ OWN_PREFIX = "clusterproxy_"
 DEFAULT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
-class ProgramMetrics:
-    """The families of one program: upstream's stream counters, and ours with the prefix ``clusterproxy_``.
+class Metrics:
+    """The families of one program."""
+
+    def __init__(self) -> None:
+        self.families: list[Family | HistogramFamily] = []
+
+    def _add(self, family: Family) -> Family:
+        self.families.append(family)
+        return family
+
+    def _own_counter(self, name: str, documentation: str, label_names: Sequence[str]) -> Family:
+        return self._add(Family("counter", OWN_PREFIX + name, documentation, label_names))
+
+    def _own_gauge(self, name: str, documentation: str, label_names: Sequence[str] = ()) -> Family:
+        family = self._add(Family("gauge", OWN_PREFIX + name, documentation, label_names))
+        if not label_names:
+            family.set(0)
+        return family
+
+
+class ProgramMetrics(Metrics):
+    """The families of a proxy: upstream's stream counters, and ours with the prefix ``clusterproxy_``.
 
     Each attribute is named as the metric without its prefix. Names, labels and HELP texts of the ``konnectivity_*``
     metrics are upstream's (``konnectivity-client/pkg/common/metrics/metrics.go``).
@@ -26,7 +46,7 @@ class ProgramMetrics:
     subsystem: ClassVar[str]
 
     def __init__(self) -> None:
-        self.families: list[Family | HistogramFamily] = []
+        super().__init__()
         self.stream_packets_total = self._counter(
             "stream_packets_total",
             "Count of packets processed, by segment and packet type (example: from_client, DIAL_REQ)",
@@ -77,10 +97,6 @@ class ProgramMetrics:
             "handshake_failures_total", "TLS handshakes that failed, by reason.", ("reason",)
         )
 
-    def _add(self, family: Family) -> Family:
-        self.families.append(family)
-        return family
-
     def _upstream_name(self, name: str) -> str:
         return f"{NAMESPACE}_{self.subsystem}_{name}"
 
@@ -99,13 +115,4 @@ class ProgramMetrics:
     ) -> HistogramFamily:
         family = HistogramFamily(self._upstream_name(name), documentation, bounds, label_names)
         self.families.append(family)
-        return family
-
-    def _own_counter(self, name: str, documentation: str, label_names: Sequence[str]) -> Family:
-        return self._add(Family("counter", OWN_PREFIX + name, documentation, label_names))
-
-    def _own_gauge(self, name: str, documentation: str, label_names: Sequence[str] = ()) -> Family:
-        family = self._add(Family("gauge", OWN_PREFIX + name, documentation, label_names))
-        if not label_names:
-            family.set(0)
         return family

@@ -17,7 +17,7 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CONFORMANCE: Final = Path(__file__).parents[2] / "conformance"
+CONFORMANCE: Final = Path(__file__).parents[1] / "conformance"
 
 needs_go = pytest.mark.skipif(
     shutil.which("go") is None, reason="needs Go, in which the other end is written"
@@ -62,13 +62,21 @@ def go_tool(name: str) -> Path:
     return tool
 
 
+def go_module_program(package: str) -> Path:
+    """Build a program of conformance/ itself; Go's own cache knows what is unchanged."""
+    program = Path(__file__).parents[1] / "build" / "test-programs" / Path(package).name
+    program.parent.mkdir(parents=True, exist_ok=True)
+    _go("build", "-trimpath", "-o", str(program), package)
+    return program
+
+
 @contextlib.contextmanager
 def rpc_port(*options: str, of_peers: bool = False) -> Iterator[int]:
     """Run ``rpc_port.py`` and return its port; it must end as it is told to, without a complaint.
 
     It may complain *of_peers* that break the rules, if that is their purpose.
     """
-    command = (sys.executable, str(Path(__file__).with_name("rpc_port.py")), *options)
+    command = (sys.executable, str(Path(__file__).parent / "programs" / "rpc_port.py"), *options)
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as server:

@@ -1,0 +1,287 @@
+"""Replaces the certificate authority by a new one without anybody noticing. Pure; the time comes in as a parameter.
+
+Whoever verifies has a *bundle* of the authorities that it trusts. Bundles and certificates reach their holders late,
+so a rotation goes through phases, and in each of them every certificate in use comes from an authority that is in every
+bundle in use, even one of the phase before:
+
+=======  =================  =======  ====================  =================================================
+phase    signs              bundle   in the secret         ends
+=======  =================  =======  ====================  =================================================
+steady   the authority      it       ``ca``                when it is asked for, or the authority has aged
+prepare  the authority      it, new  ``ca``, ``next-ca``   when all have the bundle, and the overlap is over
+retire   the new one        it, old  ``ca``, ``previous``  when none of the old one's certificates is in use,
+                                                           and the overlap is over
+=======  =================  =======  ====================  =================================================
+
+All state is in the authority's secret, which is replaced as a whole, so a step is done or not, and any manager goes on
+where another has stopped. The original, which knows ``ca.crt`` and ``ca.key`` only, could take over at any moment: they
+are what signs. It would trust fewer authorities, so a rotation should end before.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+import attrs
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from clusterproxy.gotext import parse_duration, quote
+
+from .certificates import (
+    LEAF_VALIDITY,
+    RENEWAL,
+    Authority,
+    load_authority,
+    load_certificates,
+    new_authority,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from cryptography import x509
+
+_PREFIX: Final = "proxy.open-cluster-management.io/"
+
+#: What an administrator writes, any new value, to have the authority replaced.
+REQUEST: Final = f"{_PREFIX}rotate-ca"
+#: The value that was acted on last.
+ACTED_ON: Final = f"{_PREFIX}rotated-ca"
+#: When the phase began.
+BEGAN: Final = f"{_PREFIX}ca-phase-began"
+#: How long a phase lasts at least, as a Go duration. An administrator writes it.
+OVERLAP: Final = f"{_PREFIX}ca-overlap"
+
+DEFAULT_OVERLAP: Final = timedelta(minutes=10)
+
+# After that nothing that the old authority has issued is valid, whatever is said to be in use.
+_LONGEST_RETIREMENT: Final = LEAF_VALIDITY + timedelta(days=1)
+# A phase that has begun so long after now was begun by a clock that was wrong.
+_SKEW: Final = timedelta(minutes=5)
+
+
+class Phase(StrEnum):
+    """Where a rotation is."""
+
+    STEADY = "steady"
+    PREPARE = "prepare"
+    RETIRE = "retire"
+
+
+@attrs.frozen(kw_only=True)
+class State:
+    """The authorities, and where their rotation is.
+
+    Attributes:
+      authority: the one that signs.
+      following: the one that is trusted and does not sign yet, in the phase *prepare*.
+      previous: the certificates of the one that was replaced, in the phase *retire*.
+      began: when the phase began; None if that is unknown.
+      requested: what was asked for, see :data:`REQUEST`.
+      acted_on: the last request that was acted on.
+      overlap: how long a phase lasts at least.
+      problems: what of the annotations was ignored, and why.
+    """
+
+    authority: Authority
+    following: Authority | None = None
+    previous: tuple[x509.Certificate, ...] = ()
+    began: datetime | None = None
+    requested: str = ""
+    acted_on: str = ""
+    overlap: timedelta = DEFAULT_OVERLAP
+    problems: tuple[str, ...] = ()
+
+    @property
+    def phase(self) -> Phase:
+        """Where the rotation is."""
+        if self.following is not None:
+            return Phase.PREPARE
+        return Phase.RETIRE if self.previous else Phase.STEADY
+
+    @property
+    def trusted(self) -> tuple[x509.Certificate, ...]:
+        """The certificates that are to be trusted, that of the signing authority first, each of them once."""
+        following = () if self.following is None else self.following.certificates
+        return tuple(dict.fromkeys((*self.authority.certificates, *following, *self.previous)))
+
+    def bundle(self) -> bytes:
+        """Return what is to be trusted as PEM."""
+        return _pem(self.trusted)
+
+    def write(self) -> tuple[dict[str, bytes], dict[str, str]]:
+        """Return what is to stand in the secret under :attr:`Rotation.KEYS` and :attr:`Rotation.ANNOTATIONS`.
+
+        Of those, what is not returned must go. Everything else in the secret is left as it is.
+        """
+        data = {"ca.crt": self.authority.crt, "ca.key": self.authority.key}
+        if self.following is not None:
+            data["next-ca.crt"] = self.following.crt
+            data["next-ca.key"] = self.following.key
+        if self.previous:
+            data["previous-ca.crt"] = _pem(self.previous)
+        annotations: dict[str, str] = {}
+        if self.acted_on:
+            annotations[ACTED_ON] = self.acted_on
+        if self.began is not None:
+            annotations[BEGAN] = f"{self.began.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
+        return data, annotations
+
+
+class Rotation:
+    """How the state lies in the secret."""
+
+    KEYS: Final = frozenset({"ca.crt", "ca.key", "next-ca.crt", "next-ca.key", "previous-ca.crt"})
+    """The keys of its data that are the rotation's."""
+
+    ANNOTATIONS: Final = frozenset({ACTED_ON, BEGAN})
+    """The annotations that are the rotation's."""
+
+    @staticmethod
+    def begin(now: datetime) -> State:
+        """Return the state with a first authority."""
+        return State(authority=new_authority(now))
+
+    @staticmethod
+    def read(data: Mapping[str, bytes], annotations: Mapping[str, object]) -> State:
+        """Return the state that a secret holds. An authority that has expired is no error.
+
+        Raises:
+          CertificateError: one of the keys cannot be used; it says which, and why.
+        """
+        following = None
+        if "next-ca.crt" in data or "next-ca.key" in data:
+            following = load_authority(
+                data.get("next-ca.crt", b""),
+                data.get("next-ca.key", b""),
+                crt_name="next-ca.crt",
+                key_name="next-ca.key",
+            )
+        previous = data.get("previous-ca.crt")
+        problems: list[str] = []
+        return State(
+            authority=load_authority(data.get("ca.crt", b""), data.get("ca.key", b"")),
+            following=following,
+            previous=() if previous is None else load_certificates(previous, "previous-ca.crt"),
+            began=_time(_text(annotations, BEGAN)),
+            requested=_text(annotations, REQUEST),
+            acted_on=_text(annotations, ACTED_ON),
+            overlap=_overlap(_text(annotations, OVERLAP), problems),
+            problems=tuple(problems),
+        )
+
+
+def step(
+    state: State,
+    now: datetime,
+    *,
+    bundle_delivered: bool,
+    previous_unused: bool,
+    generate: Callable[[datetime], Authority] | None = None,
+) -> State | None:
+    """Return the state that is to follow at once, or None if nothing is due.
+
+    Args:
+      state: the present one.
+      now: the time.
+      bundle_delivered: whether everybody who verifies certificates has :meth:`State.bundle` of *state*.
+      previous_unused: whether no certificate is in use any more that :attr:`State.previous` has issued.
+      generate: makes a new authority.
+    """
+    generate = generate or _generate
+    if state.authority.expired(now):
+        # Nobody trusts it any more, so there is nothing to be careful with.
+        usable = state.following if _usable(state.following, now) else None
+        return attrs.evolve(
+            state,
+            authority=usable or generate(now),
+            following=None,
+            previous=(),
+            began=None,
+            acted_on=state.requested or state.acted_on,
+        )
+    if state.phase is Phase.STEADY:
+        if not (_asked(state) or _aged(state.authority, now)):
+            return None
+        return attrs.evolve(
+            state,
+            following=generate(now),
+            began=now,
+            acted_on=state.requested or state.acted_on,
+        )
+    if state.following is not None and not _usable(state.following, now):
+        return attrs.evolve(state, following=generate(now), began=now)
+    if state.began is None or state.began > now + _SKEW:
+        return attrs.evolve(state, began=now)
+    if now - state.began < state.overlap:
+        return None
+    if state.following is not None:
+        if not bundle_delivered:
+            return None
+        return attrs.evolve(
+            state,
+            authority=state.following,
+            following=None,
+            previous=state.authority.certificates,
+            began=now,
+        )
+    over = (
+        previous_unused
+        or now - state.began >= _LONGEST_RETIREMENT
+        or now >= state.previous[0].not_valid_after_utc
+    )
+    return attrs.evolve(state, previous=(), began=None) if over else None
+
+
+def _generate(now: datetime) -> Authority:
+    return new_authority(now, distinct=True)
+
+
+def _asked(state: State) -> bool:
+    return bool(state.requested) and state.requested != state.acted_on
+
+
+def _aged(authority: Authority, now: datetime) -> bool:
+    begin = authority.certificate.not_valid_before_utc
+    return now - begin > (authority.certificate.not_valid_after_utc - begin) * RENEWAL
+
+
+def _usable(authority: Authority | None, now: datetime) -> bool:
+    return authority is not None and not authority.expired(now)
+
+
+def _pem(certificates: tuple[x509.Certificate, ...]) -> bytes:
+    return b"".join(each.public_bytes(Encoding.PEM) for each in certificates)
+
+
+def _text(annotations: Mapping[str, object], key: str) -> str:
+    value = annotations.get(key)
+    return value if isinstance(value, str) else ""
+
+
+def _time(text: str) -> datetime | None:
+    try:
+        # Without a zone it is taken as UTC.
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _overlap(text: str, problems: list[str]) -> timedelta:
+    if not text:
+        return DEFAULT_OVERLAP
+    try:
+        nanoseconds = parse_duration(text)
+    except ValueError as error:
+        problem = str(error)
+    else:
+        if nanoseconds >= 0:
+            return timedelta(microseconds=nanoseconds // 1000)
+        problem = f"{quote(text)} is negative"
+    problems.append(
+        f"annotation {OVERLAP}: {problem}; write a duration such as 10m. Meanwhile it is 10m"
+    )
+    return DEFAULT_OVERLAP

@@ -1,0 +1,161 @@
+"""The hub's manager: what it watches, and who looks after what has changed."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final, Never
+
+import trio
+
+from clusterproxy.errors import ConfigError
+from clusterproxy.kube.api import Change
+from clusterproxy.kube.controller import Controller
+from clusterproxy.kube.reflector import Reflector
+from clusterproxy.kube.resource import (
+    CLUSTER_PROFILES,
+    CONFIG_MAPS,
+    MANAGED_PROXY_CONFIGURATIONS,
+    SECRETS,
+)
+
+from .cluster_profiles import CONFIGURATION, SELECTOR, USER_SECRET, ClusterProfileReconciler
+from .owned import OwnedObjects
+from .program import Hub, Lease, run_on_hub
+from .reconciler import ConfigurationReconciler
+from .signer import Signer
+from .tls_profile import CONFIG_MAP, TlsProfile, parse_tls_profile
+
+if TYPE_CHECKING:
+    from clusterproxy.kube.api import WatchEvent
+
+    from .config import ManagerConfig
+
+_log = logging.getLogger("clusterproxy.addon")
+
+#: The lease's name: the original's, so that of both only one is at work.
+LEASE: Final = "cluster-proxy-addon-manager"
+
+
+async def run_manager(config: ManagerConfig) -> int:
+    """Run the manager until SIGINT or SIGTERM, or until its lease is lost; return its exit status.
+
+    Raises:
+      ConfigError: the kubeconfig or an address cannot be used.
+    """
+    return await run_on_hub(
+        LEASE,
+        lambda hub: Manager(hub, config).run(),
+        kubeconfig=config.kubeconfig,
+        qps=config.kube_api_qps,
+        burst=config.kube_api_burst,
+        lease=Lease(namespace=config.pod_namespace, name=LEASE) if config.leader_elect else None,
+        ports={
+            "metrics": (config.metrics_address, "metrics-bind-address"),
+            "health": (config.health_address, "health-probe-bind-address"),
+        },
+    )
+
+
+class Manager:
+    """The controllers of one manager, while it leads."""
+
+    def __init__(self, hub: Hub, config: ManagerConfig) -> None:
+        self._hub = hub
+        self._config = config
+        self._profile = TlsProfile()
+        self._profile_problem = ""
+        self._configurations = Reflector(hub.api, MANAGED_PROXY_CONFIGURATIONS)
+        signer = Signer(hub.api, config.signer_secret_namespace, config.signer_secret_name)
+        self._owned = OwnedObjects(hub.api, self._changed)
+        self._reconciler = ConfigurationReconciler(
+            hub.api,
+            signer=signer,
+            owned=self._owned,
+            events=hub.events,
+            metrics=hub.metrics,
+            tls=lambda: (self._profile, self._profile_problem),
+            image_pull_policy=config.image_pull_policy,
+        )
+        self._controller: Controller[str] = Controller(
+            "managedproxyconfiguration", self._reconciler.reconcile, metrics=hub.metrics
+        )
+
+    def _changed(self, name: str) -> None:
+        self._controller.enqueue(name)
+
+    def _all_changed(self) -> None:
+        for _, name in self._configurations.items:
+            self._controller.enqueue(name)
+
+    async def run(self) -> Never:
+        """Keep everything as configured, until cancelled."""
+        api = self._hub.api
+        profile = Reflector(
+            api,
+            CONFIG_MAPS,
+            self._config.pod_namespace,
+            field_selector=f"metadata.name={CONFIG_MAP}",
+        )
+        profile.subscribe(self._profile_changed)
+        self._configurations.subscribe(self._configuration_changed)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(profile.run)
+            # Servers should not be started with one profile and restarted with another.
+            await profile.synced.wait()
+            nursery.start_soon(self._configurations.run)
+            nursery.start_soon(self._owned.run)
+            nursery.start_soon(self._controller.run)
+            if self._config.gates["ClusterProfile"]:
+                nursery.start_soon(self._run_cluster_profiles)
+            await self._configurations.synced.wait()
+            if ("", CONFIGURATION) not in self._configurations.items:
+                _log.warning(
+                    "there is no ManagedProxyConfiguration %s yet: waiting for it", CONFIGURATION
+                )
+        raise AssertionError  # pragma: no cover  the nursery ends by cancellation only
+
+    def _configuration_changed(self, event: WatchEvent) -> None:
+        name = event.object["metadata"]["name"]
+        if event.change is Change.DELETED:
+            self._owned.forget(name)
+        self._controller.enqueue(name)
+
+    def _profile_changed(self, event: WatchEvent) -> None:
+        config_map = None if event.change is Change.DELETED else event.object
+        try:
+            profile = parse_tls_profile(config_map)
+        except ConfigError as error:
+            # What was good before holds until the mistake is mended.
+            self._profile_problem = error.message
+            _log.error("TLS profile: %s", error.message)
+        else:
+            for warning in profile.warnings:
+                _log.warning("TLS profile: %s", warning)
+            self._profile_problem = ""
+            self._profile = profile
+        self._all_changed()
+
+    async def _run_cluster_profiles(self) -> Never:
+        api = self._hub.api
+        controller: Controller[tuple[str, str]] = Controller(
+            "clusterprofile", ClusterProfileReconciler(api).reconcile, metrics=self._hub.metrics
+        )
+        profiles = Reflector(api, CLUSTER_PROFILES, label_selector=SELECTOR)
+        secrets = Reflector(api, SECRETS, field_selector=f"metadata.name={USER_SECRET}")
+
+        def all_changed(_event: WatchEvent) -> None:
+            for key in profiles.items:
+                controller.enqueue(key)
+
+        def changed(event: WatchEvent) -> None:
+            metadata = event.object["metadata"]
+            controller.enqueue((metadata["namespace"], metadata["name"]))
+
+        profiles.subscribe(changed)
+        secrets.subscribe(all_changed)
+        self._configurations.subscribe(all_changed)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(profiles.run)
+            nursery.start_soon(secrets.run)
+            nursery.start_soon(controller.run)
+        raise AssertionError  # pragma: no cover  the nursery ends by cancellation only

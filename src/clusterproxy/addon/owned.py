@@ -1,0 +1,115 @@
+"""Tells when something that was made for a configuration has changed, so that it is looked at."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Final, Never
+
+import attrs
+import trio
+
+from clusterproxy.kube.reflector import Reflector
+from clusterproxy.kube.resource import (
+    DEPLOYMENTS,
+    MANAGED_PROXY_CONFIGURATIONS,
+    ROLE_BINDINGS,
+    ROLES,
+    SECRETS,
+    SERVICE_ACCOUNTS,
+    SERVICES,
+    Resource,
+    list_at,
+    map_at,
+    text_at,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from clusterproxy.kube.api import KubeApi, WatchEvent
+    from clusterproxy.kube.resource import Object
+
+_KINDS: Final = (DEPLOYMENTS, ROLE_BINDINGS, ROLES, SECRETS, SERVICE_ACCOUNTS, SERVICES)
+
+
+def _outline(obj: Object) -> Object:
+    """What is kept of an object: whose it is. Secrets of others are none of our business."""
+    metadata = map_at(obj, "metadata")
+    return {
+        "metadata": {
+            key: metadata[key]
+            for key in ("namespace", "name", "resourceVersion", "uid", "ownerReferences")
+            if key in metadata
+        }
+    }
+
+
+def _owners(obj: Object) -> set[str]:
+    return {
+        text_at(owner, "name")
+        for owner in list_at(obj, "metadata", "ownerReferences")
+        if text_at(owner, "kind") == MANAGED_PROXY_CONFIGURATIONS.kind
+        and text_at(owner, "apiVersion").startswith(f"{MANAGED_PROXY_CONFIGURATIONS.group}/")
+    }
+
+
+@attrs.define
+class _Interest:
+    """What a configuration has in a namespace that does not name it as owner."""
+
+    names: set[tuple[Resource, str]] = attrs.field(factory=set[tuple[Resource, str]])
+
+
+class OwnedObjects:
+    """Watches the namespaces in which configurations have objects.
+
+    An object belongs to the configurations among its owners, whether they are its controller or not; those
+    without an owner (a load balancer's Service, the CA's secret) to those that have asked for their names.
+    """
+
+    def __init__(self, api: KubeApi, changed: Callable[[str], None]) -> None:
+        self._api = api
+        self._changed = changed
+        self._interests: dict[str, dict[str, _Interest]] = defaultdict(dict)
+        self._new = trio.Event()
+        self._waiting: list[str] = []
+
+    def look_after(
+        self, configuration: str, namespace: str, names: Iterable[tuple[Resource, str]]
+    ) -> None:
+        """Tell of changes in *namespace* that concern *configuration*."""
+        if namespace not in self._interests:
+            self._waiting.append(namespace)
+            self._new.set()
+        self._interests[namespace][configuration] = _Interest(set(names))
+
+    def forget(self, configuration: str) -> None:
+        """Tell no more of what has no owner."""
+        for interests in self._interests.values():
+            interests.pop(configuration, None)
+
+    async def run(self) -> Never:
+        """Watch until cancelled."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                await self._new.wait()
+                self._new = trio.Event()
+                waiting, self._waiting = self._waiting, []
+                for namespace in waiting:
+                    for resource in _KINDS:
+                        nursery.start_soon(self._watch, resource, namespace)
+
+    async def _watch(self, resource: Resource, namespace: str) -> None:
+        reflector = Reflector(self._api, resource, namespace, keep=_outline)
+
+        def tell(event: WatchEvent) -> None:
+            concerned = _owners(event.object)
+            name = text_at(event.object, "metadata", "name")
+            for configuration, interest in self._interests[namespace].items():
+                if (resource, name) in interest.names:
+                    concerned.add(configuration)
+            for configuration in concerned:
+                self._changed(configuration)
+
+        reflector.subscribe(tell)
+        await reflector.run()

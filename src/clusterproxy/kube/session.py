@@ -1,0 +1,211 @@
+"""Who a client is and where its apiserver: the one module that imports the ``kubernetes`` package.
+
+Of it the configuration is used (kubeconfig files with exec plugins and token files, a pod's service account, proxies of
+the environment) and the urllib3 pool that it makes, not its models: objects stay as their JSON.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import threading
+from pathlib import Path
+from time import monotonic as _monotonic
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import attrs
+import urllib3
+from kubernetes.client.configuration import Configuration
+from kubernetes.client.rest import RESTClientObject
+from kubernetes.config import incluster_config, kube_config
+from urllib3.exceptions import InsecureRequestWarning
+
+from clusterproxy.errors import ConfigError
+
+from .exchange import install
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_log = logging.getLogger("clusterproxy.kube")
+
+# They have no types.
+_in_cluster: Any = incluster_config
+_files: Any = kube_config
+
+# As client-go (transport/token_source.go: cachingTokenSource).
+_TOKEN_PERIOD_S: Final = 60.0
+
+#: Idle connections that are kept; as many calls run at once.
+POOL_SIZE: Final = 16
+
+
+@attrs.frozen(eq=False)
+class Session:
+    """What requests are made with, until credentials have to be read anew."""
+
+    host: str
+    pool: urllib3.PoolManager
+    _configuration: Configuration
+
+    def authorization(self) -> str | None:
+        """Return the value of the header, None for none. Reads files or runs a plugin when it is time to.
+
+        Raises:
+          ValueError: that failed.
+        """
+        try:
+            settings: Any = self._configuration.auth_settings().get("BearerToken")
+        except Exception as error:
+            raise ValueError(f"no credentials: {error}") from error
+        value = settings and settings["value"]
+        # Files end in a newline, which a header must not have.
+        return str(value).strip() if value else None
+
+
+class Sessions:
+    """The session of now. All methods block, and may be called in any thread.
+
+    Args:
+      kubeconfig: a file, or several with colons between; without one the pod's service account.
+
+    Raises:
+      ConfigError: it is missing or cannot be used, or this is no pod.
+    """
+
+    def __init__(self, kubeconfig: str) -> None:
+        self._kubeconfig = kubeconfig
+        self._lock = threading.Lock()
+        self._session = _open(kubeconfig)
+
+    def current(self) -> Session:
+        """Return the session to make a request with."""
+        return self._session
+
+    def renew(self, used: Session) -> None:
+        """Read everything anew, because the apiserver does not know *used* any more.
+
+        Raises:
+          ConfigError: the kubeconfig is broken now; the session stays.
+        """
+        with self._lock:
+            if self._session is not used:
+                return
+            self._session = _open(self._kubeconfig)
+        # A client certificate counts for the connection that it was shown on.
+        used.pool.clear()
+
+    def close(self) -> None:
+        """Close idle connections."""
+        self._session.pool.clear()
+
+
+def _open(kubeconfig: str) -> Session:
+    configuration = Configuration()
+    try:
+        pool = _load(kubeconfig, configuration)
+    except ConfigError:
+        raise
+    except Exception as error:
+        # A file may be of any shape, and the loader checks little.
+        where = (
+            f"kubeconfig {kubeconfig}" if kubeconfig else "no kubeconfig given, and not in a pod"
+        )
+        message = str(error) or type(error).__name__
+        raise ConfigError("kubeconfig", f"{where}: {message}") from error
+    install(pool)
+    if not configuration.verify_ssl:
+        _log.warning("the certificate of the apiserver is not verified, as the kubeconfig wants it")
+        urllib3.disable_warnings(InsecureRequestWarning)
+    return Session(configuration.host.rstrip("/"), pool, configuration)
+
+
+def _load(kubeconfig: str, configuration: Configuration) -> urllib3.PoolManager:
+    proxy = ""
+    if kubeconfig:
+        proxy = _load_file(kubeconfig, configuration)
+    else:
+        _in_cluster.load_incluster_config(client_configuration=configuration)
+    parts = urlsplit(configuration.host)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError("kubeconfig", f"no URL of an apiserver: {configuration.host!r}")
+    # The constructor looked before it knew the URL.
+    configuration.proxy = proxy or _proxy_of_environment(parts.scheme, parts.hostname)
+    configuration.no_proxy = None if proxy else getproxies().get("no")
+    if configuration.proxy and not configuration.proxy.startswith(("http://", "https://")):
+        raise ConfigError("kubeconfig", f"not an HTTP proxy: {configuration.proxy}")
+    if parts.scheme == "https":
+        _check_certificates(configuration)
+    configuration.connection_pool_maxsize = POOL_SIZE
+    return RESTClientObject(configuration).pool_manager
+
+
+def _check_certificates(configuration: Configuration) -> None:
+    """Load them as each connection will do, to be told now what is wrong."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if configuration.ssl_ca_cert:
+        context.load_verify_locations(configuration.ssl_ca_cert)
+    if configuration.cert_file:
+        context.load_cert_chain(configuration.cert_file, configuration.key_file)
+
+
+def _proxy_of_environment(scheme: str, host: str) -> str | None:
+    proxies = getproxies()
+    proxy = proxies.get(scheme) or proxies.get("all")
+    # As Go (golang.org/x/net/http/httpproxy).
+    if proxy is None or host == "localhost" or host.startswith("127.") or host == "::1":
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def _load_file(kubeconfig: str, configuration: Any) -> str:  # noqa: ANN401  its hook has no type
+    """Load a kubeconfig; return its proxy, which not every version of the loader knows."""
+    merged = _files.KubeConfigMerger(kubeconfig).config
+    if merged is None:
+        raise ConfigError("kubeconfig", f"kubeconfig {kubeconfig}: there is no such file")
+    loader = _files.KubeConfigLoader(merged, config_base_path=None)
+    loader.load_and_set(configuration)
+    context = loader.current_context["context"]
+    user = _entry(merged, "users", "user", context)
+    if user is not None:
+        if "exec" in user and not (configuration.api_key or configuration.cert_file):
+            # The loader only logs what went wrong.
+            raise ConfigError(
+                "kubeconfig", f"kubeconfig {kubeconfig}: the exec plugin gave nothing"
+            )
+        if user.safe_get("tokenFile"):
+            path = Path(user.path or kubeconfig).expanduser().parent / str(user["tokenFile"])
+            configuration.refresh_api_key_hook = _token_file(path)
+    cluster = _entry(merged, "clusters", "cluster", context)
+    return str(cluster.safe_get("proxy-url") or "") if cluster is not None else ""
+
+
+def _entry(merged: Any, plural: str, kind: str, context: Any) -> Any:  # noqa: ANN401
+    """Return the node of the context's user or cluster, None without one."""
+    name = context.get(kind)
+    if not name or not merged.safe_get(plural):
+        return None
+    entry = merged[plural].get_with_name(name, safe=True)
+    return entry[kind] if entry is not None and entry.safe_get(kind) else None
+
+
+def _token_file(path: Path) -> Callable[[Configuration], None]:
+    """Return the hook that reads a token file again each minute; the loader reads it once."""
+    due = 0.0
+
+    def refresh(configuration: Configuration) -> None:
+        nonlocal due
+        if _monotonic() < due:
+            return
+        try:
+            token = path.read_text(encoding="ascii").strip()
+        except (OSError, ValueError) as error:
+            _log.warning("token file not read, the old token stays in use: %s", error)
+        else:
+            if token:
+                configuration.api_key["BearerToken"] = f"Bearer {token}"
+        due = _monotonic() + _TOKEN_PERIOD_S
+
+    return refresh

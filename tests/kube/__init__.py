@@ -1,0 +1,1 @@
+"""Kubernetes for tests: real control planes on loopback, and what plays the nodes."""

@@ -1,0 +1,816 @@
+"""The manager against a real apiserver: what the hub's side of the tunnel looks like, and stays like."""
+
+from __future__ import annotations
+
+import base64
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+from clusterproxy.addon.certificates import Leaf, Usage, issue, load_authority, new_authority
+from kube.control_plane import eventually
+from kube.installation import ACCOUNT, PREFIX, RBAC, Installation, installed, sans
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from kube.control_plane import ControlPlane, Object
+
+pytestmark = pytest.mark.kube
+
+
+@pytest.fixture
+def manager(hub: ControlPlane, tmp_path: Path) -> Iterator[Installation]:
+    with installed(hub, tmp_path) as installation:
+        yield installation
+
+
+def put_secret(
+    manager: Installation, name: str, data: dict[str, bytes], kind: str = "Opaque"
+) -> Object:
+    [secret] = manager.plane.apply(
+        {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": {"name": name, "namespace": manager.namespace},
+            "type": kind,
+            "data": {key: base64.b64encode(value).decode() for key, value in data.items()},
+        }
+    )
+    return secret
+
+
+def put_service_status(manager: Installation, name: str, ingress: list[dict[str, str]]) -> None:
+    service = manager.get("v1", "Service", name)
+    manager.plane.patch(
+        service, {"status": {"loadBalancer": {"ingress": ingress}}}, subresource="status"
+    )
+
+
+# -- B1, B2, B5, B12 -------------------------------------------------------------------------------
+
+
+def test_a_configuration_of_any_name_gets_all_objects(manager: Installation) -> None:
+    manager.configure(
+        "cluster-proxy-config", proxyServer={"replicas": 3, "image": "example.com/server:1"}
+    )
+    manager.start()
+    manager.await_condition("ProxyServerDeployed", name="cluster-proxy-config")
+    live = manager.await_reconciled("cluster-proxy-config")
+    deployment = manager.deployment("cluster-proxy-config")
+    assert deployment["spec"]["replicas"] == 3
+    [container] = deployment["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == "example.com/server:1"
+    assert container["args"][0] == "--server-count=3"
+    assert set(manager.secret("proxy-client")) == {"tls.crt", "tls.key"}
+    owned = [
+        manager.get(*kind)
+        for kind in (
+            ("v1", "ServiceAccount", "cluster-proxy"),
+            ("v1", "ServiceAccount", "cluster-proxy-config-proxy-server"),
+            ("v1", "Service", "proxy-entrypoint"),
+            ("v1", "Secret", "proxy-server-ca"),
+            ("apps/v1", "Deployment", "cluster-proxy-config"),
+            (RBAC, "Role", "cluster-proxy-addon-agent:portforward"),
+            (RBAC, "RoleBinding", "cluster-proxy-addon-agent:portforward"),
+        )
+    ]
+    for obj in owned:
+        [owner] = obj["metadata"]["ownerReferences"]
+        assert owner["uid"] == live["metadata"]["uid"], obj["kind"]
+        assert not owner.get("controller")
+        assert owner["blockOwnerDeletion"]
+    # Certificates are the main configuration's, which is not there.
+    assert "ownerReferences" not in manager.get("v1", "Secret", "proxy-client")["metadata"]
+
+
+def test_placement_and_replicas_follow(manager: Installation) -> None:
+    manager.configure()
+    manager.start()
+    manager.await_reconciled()
+    toleration = {"key": "dedicated", "operator": "Exists", "effect": "NoSchedule"}
+    live = manager.configure(
+        proxyServer={
+            "replicas": 2,
+            "nodePlacement": {"nodeSelector": {"role": "infra"}, "tolerations": [toleration]},
+            "additionalArgs": ["--v=3"],
+        }
+    )
+    manager.await_reconciled()
+    deployment = manager.deployment()
+    pod = deployment["spec"]["template"]["spec"]
+    assert deployment["spec"]["replicas"] == 2
+    assert pod["nodeSelector"] == {"role": "infra"}
+    assert pod["tolerations"] == [toleration]
+    assert "--v=3" in pod["containers"][0]["args"]
+    generation = str(live["metadata"]["generation"])
+    assert deployment["metadata"]["annotations"][f"{PREFIX}configuration-generation"] == generation
+    assert deployment["metadata"]["labels"][f"{PREFIX}configuration-generation"] == generation
+    manager.configure()
+    manager.await_reconciled()
+    pod = manager.deployment()["spec"]["template"]["spec"]
+    assert "nodeSelector" not in pod
+    assert "tolerations" not in pod
+
+
+def test_without_an_entrypoint_it_is_port_forward(manager: Installation) -> None:
+    manager.configure(proxyServer={"entrypoint": None})
+    manager.start()
+    manager.await_reconciled()
+    assert manager.condition("EntrypointProvisioned")["status"] == "True"  # type: ignore[index]
+
+
+def test_ports_are_honoured(manager: Installation) -> None:
+    manager.configure(
+        deploy={
+            "ports": {
+                "proxyServer": 18090,
+                "agentServer": 18091,
+                "healthServer": 18092,
+                "adminServer": 18095,
+            }
+        }
+    )
+    manager.start()
+    manager.await_reconciled()
+    args = manager.container()["args"]
+    for flag in ("server-port=18090", "agent-port=18091", "health-port=18092", "admin-port=18095"):
+        assert f"--{flag}" in args
+    ports = manager.get("v1", "Service", "proxy-entrypoint")["spec"]["ports"]
+    assert [(each["port"], each["targetPort"]) for each in ports] == [(8090, 18090), (8091, 18091)]
+
+
+# -- B3, B4 ----------------------------------------------------------------------------------------
+
+
+def test_what_is_changed_or_deleted_by_hand_comes_back(manager: Installation) -> None:
+    manager.configure()
+    manager.start()
+    manager.await_reconciled()
+    manager.settle()
+    service = manager.get("v1", "Service", "proxy-entrypoint")
+    kept = {
+        key: service["spec"][key]
+        for key in ("clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy")
+    }
+    good_hash = service["metadata"]["annotations"][f"{PREFIX}rendered-hash"]
+    port = {"name": "proxy-server", "port": 9999, "targetPort": 9999, "protocol": "TCP"}
+    manager.plane.patch(
+        service,
+        {
+            "metadata": {"annotations": {f"{PREFIX}rendered-hash": "stale", "mine": "stays"}},
+            "spec": {"ports": [port, service["spec"]["ports"][1]]},
+        },
+    )
+
+    def repaired() -> Object | None:
+        found = manager.get("v1", "Service", "proxy-entrypoint")
+        return found if found["spec"]["ports"][0]["port"] == 8090 else None
+
+    found = eventually(repaired, "the port is back")
+    assert found["metadata"]["annotations"][f"{PREFIX}rendered-hash"] == good_hash
+    assert found["metadata"]["annotations"]["mine"] == "stays"
+    assert {key: found["spec"][key] for key in kept} == kept
+
+    for kind in (
+        ("v1", "Secret", "proxy-server"),
+        ("v1", "Secret", "proxy-server-ca"),
+        ("v1", "Service", "proxy-entrypoint"),
+        ("apps/v1", "Deployment", "cluster-proxy"),
+        (RBAC, "Role", "cluster-proxy-addon-agent:portforward"),
+        (RBAC, "RoleBinding", "cluster-proxy-addon-agent:portforward"),
+        ("v1", "ServiceAccount", "cluster-proxy"),
+    ):
+        gone = manager.get(*kind)
+        manager.plane.delete(gone)
+
+        def back(kind: tuple[str, str, str] = kind, uid: str = gone["metadata"]["uid"]) -> bool:
+            found = manager.find(*kind)
+            return found is not None and found["metadata"]["uid"] != uid
+
+        eventually(back, f"{kind} is back")
+    assert manager.running
+
+
+# -- B8, B9 ----------------------------------------------------------------------------------------
+
+
+def test_an_authority_that_is_there_is_used(manager: Installation) -> None:
+    authority = new_authority(datetime.now(UTC))
+    put_secret(manager, "cluster-proxy-signer", {"ca.crt": authority.crt, "ca.key": authority.key})
+    manager.configure()
+    manager.start()
+    manager.await_reconciled()
+    for name in ("proxy-server", "agent-server", "proxy-client"):
+        manager.certificate(name).verify_directly_issued_by(authority.certificate)
+    assert manager.secret("proxy-server-ca")["ca.crt"] == authority.crt
+    assert manager.secret("cluster-proxy-signer") == {
+        "ca.crt": authority.crt,
+        "ca.key": authority.key,
+    }
+    [owner] = manager.get("v1", "Secret", "cluster-proxy-signer")["metadata"]["ownerReferences"]
+    assert owner["name"] == "cluster-proxy"
+
+
+def _pem(key: Any, form: serialization.PrivateFormat) -> bytes:
+    pem: bytes = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+    return pem
+
+
+def _bad_signers() -> dict[str, tuple[dict[str, bytes], str]]:
+    authority = new_authority(datetime.now(UTC))
+    key = authority.private_key
+    other = rsa.generate_private_key(65537, 2048)
+    pkcs8, pkcs1 = serialization.PrivateFormat.PKCS8, serialization.PrivateFormat.TraditionalOpenSSL
+    return {
+        "pkcs1": ({"ca.crt": authority.crt, "ca.key": _pem(key, pkcs1)}, "ca.key"),
+        "ec": (
+            {
+                "ca.crt": authority.crt,
+                "ca.key": _pem(ec.generate_private_key(ec.SECP256R1()), pkcs8),
+            },
+            "ca.key",
+        ),
+        "foreign key": ({"ca.crt": authority.crt, "ca.key": _pem(other, pkcs8)}, "ca.key"),
+        "no certificate": ({"ca.key": authority.key}, "ca.crt"),
+        "wrong keys": ({"tls.crt": authority.crt, "tls.key": authority.key}, "ca."),
+        "garbage": (
+            {"ca.crt": b"-----BEGIN CERTIFICATE-----\nAA\n", "ca.key": authority.key},
+            "ca.crt",
+        ),
+    }
+
+
+BAD_SIGNERS = _bad_signers()
+
+
+@pytest.mark.parametrize("case", BAD_SIGNERS)
+def test_a_bad_authority_is_told_and_left_alone(manager: Installation, case: str) -> None:
+    data, named = BAD_SIGNERS[case]
+    put_secret(manager, "cluster-proxy-signer", data)
+    manager.configure()
+    manager.start()
+    told = manager.await_condition("ProxyServerSecretSigned", "False", message=named)
+    assert told["reason"] == "SignerInvalid"
+    assert f"{manager.namespace}/cluster-proxy-signer" in told["message"]
+    assert manager.secret("cluster-proxy-signer") == data
+    assert manager.find("v1", "Secret", "proxy-server") is None
+    assert manager.find("apps/v1", "Deployment", "cluster-proxy") is None
+    # Mended, it goes on by itself.
+    good = new_authority(datetime.now(UTC))
+    manager.plane.delete(manager.get("v1", "Secret", "cluster-proxy-signer"))
+    eventually(
+        lambda: manager.find("v1", "Secret", "cluster-proxy-signer") is not None, "a new authority"
+    )
+    manager.await_condition("ProxyServerSecretSigned")
+    assert good.crt != manager.secret("cluster-proxy-signer")["ca.crt"]
+
+
+def test_certificates_are_issued_anew_when_they_must_be(manager: Installation) -> None:
+    now = datetime.now(UTC)
+    authority = new_authority(now - timedelta(days=400))
+    put_secret(manager, "cluster-proxy-signer", {"ca.crt": authority.crt, "ca.key": authority.key})
+    names = (
+        "127.0.0.1",
+        "localhost",
+        f"proxy-entrypoint.{manager.namespace}",
+        f"proxy-entrypoint.{manager.namespace}.svc",
+    )
+
+    def leaf(*hosts: str) -> Leaf:
+        return Leaf(name="x", hosts=hosts or names, usage=Usage.SERVER)
+
+    tls = "kubernetes.io/tls"
+
+    def put(name: str, pair: tuple[bytes, bytes], kind: str = tls) -> bytes:
+        put_secret(manager, name, {"tls.crt": pair[0], "tls.key": pair[1]}, kind)
+        return pair[0]
+
+    # In use since 150 of 180 days.
+    aged = put("proxy-server", issue(authority, leaf(), now - timedelta(days=150)))
+    # Another CA's.
+    foreign = put("agent-server", issue(new_authority(now), leaf(), now))
+    # Of the wrong type: it cannot be changed.
+    untyped = put(
+        "proxy-client",
+        issue(authority, Leaf(name="x", hosts=names, usage=Usage.CLIENT), now),
+        "Opaque",
+    )
+    manager.configure()
+    manager.start()
+    manager.await_reconciled()
+    for name, old in (("proxy-server", aged), ("agent-server", foreign), ("proxy-client", untyped)):
+        fresh = manager.certificate(name)
+        assert fresh.public_bytes(serialization.Encoding.PEM) not in old
+        fresh.verify_directly_issued_by(authority.certificate)
+        assert manager.get("v1", "Secret", name)["type"] == tls
+        assert fresh.not_valid_after_utc - fresh.not_valid_before_utc == timedelta(
+            days=180, seconds=1
+        )
+    versions = manager.settle()
+
+    # Names change, rubbish is written into them, and what is good stays as it is.
+    manager.configure(
+        authentication={
+            "signer": {
+                "type": "SelfSigned",
+                "selfSigned": {"additionalSANs": ["hub.example.com", "192.0.2.7"]},
+            },
+            "dump": {"secrets": {}},
+        }
+    )
+    for name in ("proxy-server", "agent-server", "proxy-client"):
+
+        def renamed(name: str = name) -> bool:
+            hosts, addresses = sans(manager.certificate(name))
+            return "hub.example.com" in hosts and "192.0.2.7" in addresses
+
+        eventually(renamed, f"{name} has the new names")
+    manager.await_reconciled()
+    versions = manager.settle()
+    put("agent-server", (b"rubbish", b"rubbish"))
+    eventually(
+        lambda: b"rubbish" not in manager.secret("agent-server")["tls.crt"], "it is replaced"
+    )
+    after = manager.settle()
+    assert after["Secret proxy-server"] == versions["Secret proxy-server"]
+
+
+# -- B10, B11 --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", [{"ip": "192.0.2.10"}, {"hostname": "lb.example.com"}], ids=str)
+def test_load_balancer(manager: Installation, address: dict[str, str]) -> None:
+    annotations = [
+        {"key": "service.beta.kubernetes.io/aws-load-balancer-type", "value": "nlb"},
+        {"key": "example.com/url", "value": "https://example.com/?a=b"},
+        {"key": "not valid!", "value": "x"},
+    ]
+    manager.configure(
+        proxyServer={
+            "entrypoint": {
+                "type": "LoadBalancerService",
+                "loadBalancerService": {"name": "entry", "annotations": annotations},
+            }
+        }
+    )
+    manager.start()
+    waiting = manager.await_condition("EntrypointProvisioned", "False")
+    assert waiting["message"].endswith("not yet provisioned")
+    service = manager.get("v1", "Service", "entry")
+    assert service["spec"]["type"] == "LoadBalancer"
+    assert service["metadata"]["annotations"] == {
+        "service.beta.kubernetes.io/aws-load-balancer-type": "nlb",
+        "example.com/url": "https://example.com/?a=b",
+    }
+    assert "ownerReferences" not in service["metadata"]
+    assert manager.find("v1", "Secret", "proxy-server") is None
+    assert manager.find("apps/v1", "Deployment", "cluster-proxy") is None
+    eventually(
+        lambda: any(
+            event["reason"] == "InvalidAnnotation" and "annotations[2]" in event["message"]
+            for event in manager.plane.list("v1", "Event")
+        ),
+        "the bad annotation is told",
+    )
+
+    put_service_status(manager, "entry", [address])
+    manager.await_reconciled()
+    hosts, addresses = sans(manager.certificate("agent-server"))
+    assert next(iter(address.values())) in hosts
+    assert ("ip" in address) == ("192.0.2.10" in addresses)
+    manager.settle()
+    # It is never written again, whatever becomes of it.
+    service = manager.get("v1", "Service", "entry")
+    manager.plane.patch(service, {"spec": {"loadBalancerSourceRanges": ["192.0.2.0/24"]}})
+    manager.configure(
+        proxyServer={
+            "entrypoint": {"type": "LoadBalancerService", "loadBalancerService": {"name": "entry"}}
+        }
+    )
+    manager.await_reconciled()
+    manager.settle()
+    service = manager.get("v1", "Service", "entry")
+    assert service["spec"]["loadBalancerSourceRanges"] == ["192.0.2.0/24"]
+    assert "example.com/url" in service["metadata"]["annotations"]
+
+
+def test_hostname_is_in_the_certificates(manager: Installation) -> None:
+    manager.configure(
+        proxyServer={
+            "entrypoint": {
+                "type": "Hostname",
+                "hostname": {"value": "hub.example.com"},
+                "port": 443,
+            }
+        }
+    )
+    manager.start()
+    manager.await_reconciled()
+    for name in ("proxy-server", "agent-server"):
+        assert "hub.example.com" in sans(manager.certificate(name))[0]
+    # The port is the agents' alone.
+    ports = manager.get("v1", "Service", "proxy-entrypoint")["spec"]["ports"]
+    assert [each["port"] for each in ports] == [8090, 8091]
+
+
+def test_user_server(manager: Installation) -> None:
+    manager.configure(userServer={"additionalSANs": ["proxy.example.com"]})
+    manager.start()
+    manager.await_reconciled()
+    manager.await_condition("UserServerSecretSigned")
+    hosts, addresses = sans(manager.certificate("cluster-proxy-user-serving-cert"))
+    service = "cluster-proxy-addon-user"
+    assert hosts == {
+        "127.0.0.1",
+        "localhost",
+        service,
+        f"{service}.{manager.namespace}",
+        f"{service}.{manager.namespace}.svc",
+        f"{service}.{manager.namespace}.svc.cluster.local",
+        "proxy.example.com",
+    }
+    assert addresses == {"127.0.0.1"}
+
+
+def test_without_user_server_there_is_no_certificate_of_it(manager: Installation) -> None:
+    manager.configure()
+    manager.start()
+    manager.await_reconciled()
+    assert manager.find("v1", "Secret", "cluster-proxy-user-serving-cert") is None
+    assert manager.condition("UserServerSecretSigned") is None
+
+
+# -- B6, B7 and the TLS profile --------------------------------------------------------------------
+
+
+def put_profile(manager: Installation, data: dict[str, str]) -> Object:
+    [found] = manager.plane.apply(
+        {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": {"name": "ocm-tls-profile", "namespace": manager.namespace},
+            "data": data,
+        }
+    )
+    return found
+
+
+def test_tls_profile(manager: Installation) -> None:
+    suites = "TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384"
+    profile = put_profile(manager, {"minTLSVersion": "VersionTLS12", "cipherSuites": suites})
+    manager.configure(proxyServer={"additionalArgs": ["--v=2"]})
+    manager.start()
+    manager.await_reconciled()
+    assert manager.container()["args"][-3:] == [
+        "--v=2",
+        f"--cipher-suites={suites}",
+        "--tls-min-version=VersionTLS12",
+    ]
+
+    put_profile(manager, {"minTLSVersion": "TLSv1.3", "cipherSuites": suites + ",NO_SUCH"})
+    eventually(
+        lambda: manager.container()["args"][-1] == "--tls-min-version=VersionTLS13", "TLS 1.3"
+    )
+    assert f"--cipher-suites={suites}" in manager.container()["args"]
+
+    # A mistake is told, and what was good stays.
+    put_profile(manager, {"minTLSVersion": "TLS9"})
+    told = manager.await_condition("ConfigurationValid", "False", message="minTLSVersion")
+    assert told["reason"] == "InvalidTLSProfile"
+    assert manager.container()["args"][-1] == "--tls-min-version=VersionTLS13"
+
+    manager.plane.delete(profile)
+    eventually(
+        lambda: manager.container()["args"][-2:] == ["--v=2", "--tls-min-version=VersionTLS12"],
+        "the default is back",
+    )
+    manager.await_condition("ConfigurationValid")
+
+
+# -- bad input, providers of certificates ----------------------------------------------------------
+
+
+def test_an_invalid_configuration_is_told_and_nothing_is_touched(manager: Installation) -> None:
+    manager.configure()
+    manager.start()
+    manager.await_reconciled()
+    before = manager.settle()
+    manager.configure(
+        proxyServer={
+            "image": "",
+            "entrypoint": {"type": "Hostname", "hostname": {"value": "not a host"}},
+        }
+    )
+    told = manager.await_condition("ConfigurationValid", "False")
+    assert told["reason"] == "InvalidConfiguration"
+    assert "spec.proxyServer.image" in told["message"]
+    assert "spec.proxyServer.entrypoint.hostname.value" in told["message"]
+    after = manager.settle()
+    for name, version in before.items():
+        if not name.startswith(("configuration", "Event")):
+            assert after[name] == version, name
+    manager.configure()
+    manager.await_reconciled()
+    manager.await_condition("ConfigurationValid")
+
+
+def test_cert_manager_is_answered(manager: Installation) -> None:
+    manager.configure(authentication={"signer": {"type": "CertManager"}})
+    manager.start()
+    told = manager.await_condition("ConfigurationValid", "False")
+    assert told["reason"] == "SignerNotSupported"
+    assert "not supported yet" in told["message"]
+    assert manager.find("v1", "Secret", "cluster-proxy-signer") is None
+
+
+def test_provided_certificates(manager: Installation) -> None:
+    now = datetime.now(UTC)
+    authority = new_authority(now)
+    hosts = (
+        "localhost",
+        "127.0.0.1",
+        f"proxy-entrypoint.{manager.namespace}",
+        f"proxy-entrypoint.{manager.namespace}.svc",
+        "extra.example.com",
+    )
+    manager.configure(authentication={"signer": {"type": "Provided"}, "dump": {"secrets": {}}})
+    manager.start()
+    manager.await_condition("ProxyServerSecretSigned", "False", message="proxy-server-ca")
+    put_secret(manager, "proxy-server-ca", {"ca.crt": authority.crt})
+    manager.await_condition("ConfigurationValid", "False", message="proxy-client")
+    for name, usage in (
+        ("proxy-server", Usage.SERVER),
+        ("agent-server", Usage.SERVER),
+        ("proxy-client", Usage.CLIENT),
+    ):
+        crt, key = issue(authority, Leaf(name=name, hosts=hosts, usage=usage), now)
+        put_secret(manager, name, {"tls.crt": crt, "tls.key": key}, "kubernetes.io/tls")
+    manager.await_reconciled()
+    before = manager.settle()
+    assert manager.find("v1", "Secret", "cluster-proxy-signer") is None
+    # One that would not be believed is told, with what is wrong, and left to its owner.
+    crt, key = issue(
+        authority, Leaf(name="x", hosts=("other.example.com",), usage=Usage.SERVER), now
+    )
+    put_secret(manager, "agent-server", {"tls.crt": crt, "tls.key": key}, "kubernetes.io/tls")
+    told = manager.await_condition("AgentServerSecretSigned", "False")
+    assert "is not for 127.0.0.1" in told["message"]
+    assert manager.secret("agent-server")["tls.crt"] == crt
+    assert manager.settle()["Deployment cluster-proxy"] == before["Deployment cluster-proxy"]
+
+
+# -- deletion, steady state, restarts --------------------------------------------------------------
+
+
+def test_what_it_made_goes_with_the_configuration(manager: Installation) -> None:
+    live = manager.configure()
+    manager.start()
+    manager.await_reconciled()
+    manager.settle()
+    manager.plane.delete(live)
+    for kind in (
+        ("apps/v1", "Deployment", "cluster-proxy"),
+        ("v1", "Secret", "proxy-server"),
+        ("v1", "Secret", "cluster-proxy-signer"),
+        ("v1", "Service", "proxy-entrypoint"),
+    ):
+        eventually(lambda kind=kind: manager.find(*kind) is None, f"{kind} is collected")  # type: ignore[misc]
+    assert manager.running
+    # The manager waits for another, and serves it.
+    manager.configure()
+    manager.await_reconciled()
+
+
+def test_nothing_is_written_in_steady_state_or_by_a_restart(manager: Installation) -> None:
+    manager.configure(userServer={})
+    manager.start("--leader-elect=true")
+    manager.await_reconciled()
+    before = manager.settle()
+    assert manager.stop() == 0
+    manager.start("--leader-elect=true")
+    eventually(
+        lambda: manager.plane.get(
+            "coordination.k8s.io/v1", "Lease", "cluster-proxy-addon-manager", manager.namespace
+        )["spec"]["holderIdentity"],  # type: ignore[index]
+        "the new one leads",
+    )
+    # Every touch makes it look at everything.
+    for turn in range(10):
+        live = manager.configuration()
+        manager.plane.patch(live, {"metadata": {"annotations": {"turn": str(turn)}}})
+    after = manager.settle()
+    for name, version in before.items():
+        if not name.startswith("configuration"):
+            assert after[name] == version, name
+    assert manager.configuration()["status"] == {
+        **manager.configuration()["status"],
+        "lastObservedGeneration": manager.configuration()["metadata"]["generation"],
+    }
+
+
+def test_rights_that_are_lost_are_told_and_it_goes_on_when_they_are_back(
+    manager: Installation,
+) -> None:
+    manager.configure()
+    manager.start()
+    manager.await_reconciled()
+    role = manager.get(RBAC, "Role", "open-cluster-management:cluster-proxy:addon-manager")
+    less = [
+        {**rule, "verbs": ["get", "list", "watch"]} if "deployments" in rule["resources"] else rule
+        for rule in role["rules"]
+    ]
+    manager.plane.patch(role, {"rules": less})
+    manager.configure(proxyServer={"replicas": 2})
+    told = manager.await_condition("Reconciled", "False", message="deployments")
+    assert told["reason"] == "Forbidden"
+    assert ACCOUNT in told["message"]
+    manager.plane.patch(role, {"rules": role["rules"]})
+    manager.await_reconciled()
+    assert manager.deployment()["spec"]["replicas"] == 2
+
+
+def test_the_apiserver_goes_and_comes_back(manager: Installation) -> None:
+    manager.configure()
+    manager.start()
+    manager.await_reconciled()
+    with manager.plane.stopped_apiserver():
+        assert manager.running
+    manager.configure(proxyServer={"replicas": 2})
+    manager.await_reconciled()
+    assert manager.deployment()["spec"]["replicas"] == 2
+
+
+def test_it_is_started_before_its_configuration(manager: Installation) -> None:
+    manager.start()
+    eventually(lambda: "waiting for it" in manager.log_text(), "it says what it waits for")
+    manager.configure()
+    manager.await_reconciled()
+
+
+def test_status_is_nobody_elses_loss(manager: Installation) -> None:
+    live = manager.configure()
+    foreign = {
+        "type": "Foreign",
+        "status": "True",
+        "reason": "Theirs",
+        "message": "",
+        "lastTransitionTime": "2026-01-02T03:04:05Z",
+    }
+    manager.plane.patch(live, {"status": {"conditions": [foreign]}}, subresource="status")
+    manager.start()
+    live = manager.await_reconciled()
+    assert foreign in live["status"]["conditions"]
+
+
+def test_two_managers_one_acts(manager: Installation, hub: ControlPlane, tmp_path: Path) -> None:
+    manager.configure()
+    manager.start("--leader-elect=true")
+    manager.await_reconciled()
+    lease = manager.get("coordination.k8s.io/v1", "Lease", "cluster-proxy-addon-manager")
+    assert lease["spec"]["leaseDurationSeconds"] == 15
+    holder = lease["spec"]["holderIdentity"]
+    second = Installation.__new__(Installation)
+    second.__dict__ |= manager.__dict__ | {"_program": None, "log": tmp_path / "second.log"}
+    second.start("--leader-elect=true")
+    try:
+        eventually(lambda: "cluster-proxy-addon-manager" in second.log_text(), "it waits")
+        before = manager.settle()
+        assert manager.stop() == 0
+
+        def taken() -> bool:
+            found = manager.get("coordination.k8s.io/v1", "Lease", "cluster-proxy-addon-manager")
+            return found["spec"]["holderIdentity"] not in {"", holder}
+
+        eventually(taken, "the second leads")
+        manager.plane.delete(manager.get("v1", "Service", "proxy-entrypoint"))
+        eventually(lambda: manager.find("v1", "Service", "proxy-entrypoint") is not None, "it acts")
+        assert before["Secret proxy-server"] == manager.settle()["Secret proxy-server"]
+    finally:
+        assert second.stop() == 0
+
+
+# -- service proxies -------------------------------------------------------------------------------
+
+
+def test_controllers_keep_the_service_proxies_certificate(manager: Installation) -> None:
+    name = "cluster-proxy-service-proxy-server-cert"
+    manager.start(command="controllers")
+    eventually(lambda: "waiting" in manager.log_text(), "it waits for the CA")
+    authority = new_authority(datetime.now(UTC))
+    put_secret(manager, "cluster-proxy-signer", {"ca.crt": authority.crt, "ca.key": authority.key})
+    secret = eventually(lambda: manager.find("v1", "Secret", name), "it is issued")
+    assert secret["type"] == "kubernetes.io/tls"
+    hosts, addresses = sans(manager.certificate(name))
+    assert hosts == {"*", "localhost", "127.0.0.1", "*.open-cluster-management.proxy"}
+    assert addresses == {"127.0.0.1"}
+    manager.certificate(name).verify_directly_issued_by(authority.certificate)
+    manager.plane.delete(secret)
+    eventually(lambda: manager.find("v1", "Secret", name), "it is back")
+    fresh = new_authority(datetime.now(UTC))
+    manager.plane.delete(manager.get("v1", "Secret", "cluster-proxy-signer"))
+    put_secret(manager, "cluster-proxy-signer", {"ca.crt": fresh.crt, "ca.key": fresh.key})
+
+    def follows() -> bool:
+        certificate = manager.certificate(name)
+        try:
+            certificate.verify_directly_issued_by(load_authority(fresh.crt, fresh.key).certificate)
+        except Exception:
+            return False
+        return True
+
+    eventually(follows, "it follows the CA")
+
+
+# -- cluster profiles (B13 to B18) -----------------------------------------------------------------
+
+PROFILE = "multicluster.x-k8s.io/v1alpha1"
+LABELS = {
+    "x-k8s.io/cluster-manager": "open-cluster-management",
+    "open-cluster-management.io/cluster-name": "cluster1",
+}
+
+
+def put_cluster_profile(manager: Installation, name: str, labels: dict[str, str]) -> Object:
+    [found] = manager.plane.apply(
+        {
+            "apiVersion": PROFILE,
+            "kind": "ClusterProfile",
+            "metadata": {"name": name, "namespace": manager.namespace, "labels": labels},
+            "spec": {"clusterManager": {"name": "open-cluster-management"}, "displayName": name},
+        }
+    )
+    return found
+
+
+def providers(manager: Installation, name: str) -> list[Object]:
+    status = manager.get(PROFILE, "ClusterProfile", name).get("status", {})
+    found: list[Object] = status.get("accessProviders", [])
+    return found
+
+
+def test_cluster_profiles(manager: Installation) -> None:
+    profile = put_cluster_profile(manager, "first", LABELS)
+    others = {"name": "another", "cluster": {"server": "https://example.com"}}
+    manager.plane.patch(
+        profile, {"status": {"accessProviders": [others], "conditions": []}}, subresource="status"
+    )
+    wrong: list[dict[str, str]] = [
+        {},
+        {"open-cluster-management.io/cluster-name": "cluster1"},
+        {**LABELS, "x-k8s.io/cluster-manager": "someone-else"},
+        {"x-k8s.io/cluster-manager": "open-cluster-management"},
+    ]
+    for place, labels in enumerate(wrong):
+        put_cluster_profile(manager, f"wrong-{place}", labels)
+    manager.configure()
+    manager.start("--feature-gates=ClusterProfile=true")
+    manager.await_reconciled()
+    assert providers(manager, "first") == [others]
+    # Without a user server there is nothing to tell; with one there is, soon.
+    manager.configure(userServer={})
+    eventually(lambda: len(providers(manager, "first")) == 2, "the provider is told")
+    crt = base64.b64encode(manager.secret("cluster-proxy-user-serving-cert")["tls.crt"]).decode()
+    assert providers(manager, "first") == [
+        others,
+        {
+            "name": "open-cluster-management",
+            "cluster": {
+                "server": f"https://cluster-proxy-addon-user.{manager.namespace}:9092/first",
+                "certificate-authority-data": crt,
+                "extensions": [
+                    {
+                        "name": "client.authentication.k8s.io/exec",
+                        "extension": {"clusterName": "first"},
+                    }
+                ],
+            },
+        },
+    ]
+    put_cluster_profile(manager, "second", LABELS)
+    eventually(lambda: len(providers(manager, "second")) == 1, "a profile that comes later")
+    for place in range(len(wrong)):
+        assert providers(manager, f"wrong-{place}") == []
+    # A changed CA is told again, and nothing is told twice.
+    before = manager.get(PROFILE, "ClusterProfile", "first")["metadata"]["resourceVersion"]
+    manager.plane.patch(manager.configuration(), {"metadata": {"annotations": {"touched": "yes"}}})
+    manager.settle()
+    assert manager.get(PROFILE, "ClusterProfile", "first")["metadata"]["resourceVersion"] == before
+    manager.plane.delete(manager.get("v1", "Secret", "cluster-proxy-user-serving-cert"))
+    eventually(
+        lambda: providers(manager, "first")[1]["cluster"]["certificate-authority-data"] != crt,
+        "the new CA data",
+    )
+
+
+def test_without_the_gate_profiles_are_left_alone(manager: Installation) -> None:
+    put_cluster_profile(manager, "untouched", LABELS)
+    manager.configure(userServer={})
+    manager.start()
+    manager.await_reconciled()
+    manager.settle()
+    assert providers(manager, "untouched") == []

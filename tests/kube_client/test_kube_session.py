@@ -1,0 +1,428 @@
+"""Kubeconfigs, service accounts, certificates, proxies."""
+
+from __future__ import annotations
+
+import base64
+import json
+import ssl
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+import trustme
+from certificates import write_ca, write_pair
+from scripted_apiserver import answer, refusal, scripted_apiserver, write_kubeconfig
+
+from clusterproxy.errors import ConfigError, KubeUnavailable, Unauthorized
+from clusterproxy.kube import session as session_module
+from clusterproxy.kube.client import open_kube_api
+from clusterproxy.kube.resource import CONFIG_MAPS, NAMESPACES
+
+if TYPE_CHECKING:
+    from scripted_apiserver import ScriptedApiserver
+
+THING = {"kind": "ConfigMap", "metadata": {"name": "a", "namespace": "n"}}
+FOUND = answer(200, THING)
+UNAUTHORIZED = refusal(401, "Unauthorized", "who are you?")
+
+
+@pytest.fixture
+def kubeconfig(tmp_path: Path) -> Path:
+    return tmp_path / "kubeconfig"
+
+
+def write_text(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+async def ask(server: ScriptedApiserver, config: str) -> str | None:
+    """Ask for something; return who one was then."""
+    async with open_kube_api(config) as api:
+        await api.get(CONFIG_MAPS, "a", "n")
+    return server.asked[-1].headers.get("authorization")
+
+
+# -- bad configuration -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "5",
+        "{",
+        "a: b",
+        "current-context: x",
+        "{current-context: x, contexts: [{name: x}]}",
+        "{current-context: x, contexts: [5], clusters: 7}",
+        "{current-context: x, contexts: [{name: x, context: {cluster: c}}], clusters: [{name: c, cluster: {}}]}",
+        "{current-context: x, contexts: [{name: x, context: {cluster: c}}], clusters: [{name: c, cluster: {server: 5}}]}",
+    ],
+)
+async def test_kubeconfigs_of_any_shape(kubeconfig: Path, text: str) -> None:
+    write_text(kubeconfig, text)
+    with pytest.raises(ConfigError, match=r"kubeconfig|URL") as caught:
+        async with open_kube_api(str(kubeconfig)):
+            pytest.fail("it was opened")
+    assert caught.value.field == "kubeconfig"
+
+
+@pytest.mark.parametrize(
+    ("user", "cluster"),
+    [
+        ({"tokenFile": "missing"}, {}),
+        ({"client-certificate": "missing"}, {}),
+        ({"client-certificate-data": "!"}, {}),
+        ({"exec": {"command": "false", "apiVersion": "v1"}}, {}),
+        ({"exec": {"command": "/nonexistent", "apiVersion": "v1"}}, {}),
+        ({}, {"certificate-authority": "missing"}),
+        ({}, {"proxy-url": "socks5://127.0.0.1:1"}),
+    ],
+)
+async def test_what_kubeconfigs_name_must_be_there(
+    kubeconfig: Path, user: dict[str, Any], cluster: dict[str, Any]
+) -> None:
+    config = write_kubeconfig(kubeconfig, "https://127.0.0.1:1", user=user, cluster=cluster)
+    with pytest.raises(ConfigError) as caught:
+        async with open_kube_api(config):
+            pytest.fail("it was opened")
+    assert caught.value.field == "kubeconfig"
+
+
+async def test_no_kubeconfig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="there is no such file"):
+        async with open_kube_api(str(tmp_path / "missing")):
+            pytest.fail("it was opened")
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    with pytest.raises(ConfigError, match="no kubeconfig given, and not in a pod"):
+        async with open_kube_api():
+            pytest.fail("it was opened")
+
+
+@pytest.mark.parametrize("server", ["ftp://127.0.0.1", "127.0.0.1:6443", "https://"])
+async def test_the_apiserver_must_have_a_url(kubeconfig: Path, server: str) -> None:
+    with pytest.raises(ConfigError, match="URL"):
+        async with open_kube_api(write_kubeconfig(kubeconfig, server)):
+            pytest.fail("it was opened")
+
+
+# -- credentials -------------------------------------------------------------------------------------
+
+
+async def test_kinds_of_credentials(kubeconfig: Path, tmp_path: Path) -> None:
+    plugin = tmp_path / "plugin"
+    credential = {
+        "apiVersion": "client.authentication.k8s.io/v1",
+        "kind": "ExecCredential",
+        "status": {"token": "of-plugin"},
+    }
+    plugin.write_text(f"#!/bin/sh\necho '{json.dumps(credential)}'\n")
+    plugin.chmod(plugin.stat().st_mode | stat.S_IXUSR)
+    (tmp_path / "token").write_text("of-file\n")
+    async with scripted_apiserver(FOUND) as server:
+        url = f"http://127.0.0.1:{server.port}/"
+        for user, expected in (
+            ({}, None),
+            ({"token": "of-user"}, "Bearer of-user"),
+            ({"tokenFile": "token"}, "Bearer of-file"),
+            # As client-go.
+            ({"token": "of-user", "tokenFile": "token"}, "Bearer of-file"),
+            ({"username": "a", "password": "b"}, "Basic YTpi"),
+            (
+                {"exec": {"command": "./plugin", "apiVersion": credential["apiVersion"]}},
+                "Bearer of-plugin",
+            ),
+        ):
+            assert await ask(server, write_kubeconfig(kubeconfig, url, user=user)) == expected
+    assert {asked.target for asked in server.asked} == {"/api/v1/namespaces/n/configmaps/a"}
+
+
+async def test_a_url_may_have_a_path(kubeconfig: Path) -> None:
+    async with scripted_apiserver(FOUND) as server:
+        url = f"http://127.0.0.1:{server.port}/k8s/clusters/c-1/"
+        await ask(server, write_kubeconfig(kubeconfig, url))
+    assert server.asked[0].target == "/k8s/clusters/c-1/api/v1/namespaces/n/configmaps/a"
+
+
+async def test_a_token_file_is_read_again_after_a_minute_or_when_it_is_refused(
+    kubeconfig: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("first")
+    now = 1000.0
+    monkeypatch.setattr(session_module, "_monotonic", lambda: now)
+    async with scripted_apiserver(FOUND) as server:
+        config = write_kubeconfig(
+            kubeconfig, f"http://127.0.0.1:{server.port}", user={"tokenFile": "token"}
+        )
+        async with open_kube_api(config) as api:
+
+            async def used() -> str:
+                await api.get(CONFIG_MAPS, "a", "n")
+                return server.asked[-1].headers["authorization"]
+
+            assert await used() == "Bearer first"
+            token.write_text("second")
+            assert await used() == "Bearer first"
+            now += 61
+            assert await used() == "Bearer second"
+            # A file that is being written, or not there for a moment.
+            token.write_text("")
+            now += 61
+            assert await used() == "Bearer second"
+            token.unlink()
+            now += 61
+            assert await used() == "Bearer second"
+            token.write_text("third")
+            server.scripts.clear()
+            server.scripts.extend([UNAUTHORIZED, FOUND])
+            assert await used() == "Bearer third"
+
+
+async def test_refused_credentials_are_read_again_once(kubeconfig: Path) -> None:
+    async with scripted_apiserver(UNAUTHORIZED) as server:
+        url = f"http://127.0.0.1:{server.port}"
+        config = write_kubeconfig(kubeconfig, url, user={"token": "old"})
+        async with open_kube_api(config) as api:
+            with pytest.raises(Unauthorized, match="who are you"):
+                await api.get(CONFIG_MAPS, "a", "n")
+            assert len(server.asked) == 2
+            # The file may have been written anew, whatever kind of credentials it has.
+            write_kubeconfig(kubeconfig, url, user={"token": "new"})
+            server.scripts.clear()
+            server.scripts.extend([UNAUTHORIZED, FOUND])
+            await api.get(CONFIG_MAPS, "a", "n")
+            assert server.asked[-1].headers["authorization"] == "Bearer new"
+            # Or it is broken now.
+            write_text(kubeconfig, "{")
+            server.scripts.clear()
+            server.scripts.extend([UNAUTHORIZED, FOUND])
+            with pytest.raises(KubeUnavailable, match="kubeconfig"):
+                await api.get(CONFIG_MAPS, "a", "n")
+            await api.get(CONFIG_MAPS, "a", "n")
+            assert server.asked[-1].headers["authorization"] == "Bearer new"
+
+
+async def test_credentials_that_many_find_refused_are_read_again_once(kubeconfig: Path) -> None:
+    async with scripted_apiserver(UNAUTHORIZED, UNAUTHORIZED, UNAUTHORIZED, FOUND) as server:
+        plugin = kubeconfig.parent / "plugin"
+        credential = {"apiVersion": "v1", "kind": "ExecCredential", "status": {"token": "t"}}
+        write_text(plugin, f"#!/bin/sh\necho x >> runs\necho '{json.dumps(credential)}'\n")
+        plugin.chmod(0o700)
+        user = {"exec": {"command": "./plugin", "apiVersion": "v1"}}
+        config = write_kubeconfig(kubeconfig, f"http://127.0.0.1:{server.port}", user=user)
+        async with open_kube_api(config) as api, trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(api.get, CONFIG_MAPS, "a", "n")
+    assert read_text(kubeconfig.parent / "runs").count("x") == 2
+
+
+def read_text(path: Path) -> str:
+    return path.read_text()
+
+
+async def test_no_credentials_for_a_moment(
+    kubeconfig: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with scripted_apiserver(FOUND) as server:
+        config = write_kubeconfig(kubeconfig, f"http://127.0.0.1:{server.port}")
+        async with open_kube_api(config) as api:
+            with monkeypatch.context() as patched:
+                patched.setattr(
+                    "kubernetes.client.configuration.Configuration.auth_settings", _empty_file
+                )
+                with pytest.raises(KubeUnavailable, match="no credentials: the file is empty"):
+                    await api.get(CONFIG_MAPS, "a", "n")
+            await api.get(CONFIG_MAPS, "a", "n")
+
+
+def _empty_file(_configuration: object) -> None:
+    """What the package raises has no base class but Exception."""
+    raise Exception("the file is empty")  # noqa: TRY002
+
+
+async def test_a_watch_renews_credentials_too(kubeconfig: Path) -> None:
+    async with scripted_apiserver(UNAUTHORIZED, refusal(403, "Forbidden", "no")) as server:
+        config = write_kubeconfig(kubeconfig, f"http://127.0.0.1:{server.port}")
+        async with open_kube_api(config) as api:
+            with pytest.raises(Exception, match="no"):
+                async with api.watch(CONFIG_MAPS):
+                    pytest.fail("it began")
+    assert len(server.asked) == 2
+
+
+async def test_a_token_that_is_no_header(kubeconfig: Path) -> None:
+    async with scripted_apiserver(FOUND) as server:
+        config = write_kubeconfig(
+            kubeconfig, f"http://127.0.0.1:{server.port}", user={"token": "a\r\nX-Evil: 1"}
+        )
+        with pytest.raises(KubeUnavailable, match="header"):
+            await ask(server, config)
+    assert not server.asked
+
+
+async def test_a_service_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kubernetes.config import incluster_config
+
+    authority = trustme.CA()
+    context = _server_context(authority, tmp_path, "127.0.0.1")
+    token = tmp_path / "token"
+    token.write_text("first\n")
+    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(token))
+    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", write_ca(authority, tmp_path))
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    async with scripted_apiserver(FOUND, context=context) as server:
+        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.port))
+        async with open_kube_api() as api:
+            await api.get(CONFIG_MAPS, "a", "n")
+            assert server.asked[-1].headers["authorization"].lower() == "bearer first"
+            token.write_text("second\n")
+            server.scripts.clear()
+            server.scripts.extend([UNAUTHORIZED, FOUND])
+            await api.get(CONFIG_MAPS, "a", "n")
+            assert server.asked[-1].headers["authorization"].lower() == "bearer second"
+
+
+# -- TLS ---------------------------------------------------------------------------------------------
+
+
+def _server_context(authority: trustme.CA, directory: Path, host: str) -> ssl.SSLContext:
+    certificate, key = write_pair(authority, directory, "server", host)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+    return context
+
+
+async def test_certificates_of_client_and_server(kubeconfig: Path, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    context = _server_context(authority, tmp_path, "127.0.0.1")
+    authority.configure_trust(context)
+    context.verify_mode = ssl.CERT_REQUIRED
+    certificate, key = write_pair(authority, tmp_path, "client", "me")
+    ca = write_ca(authority, tmp_path)
+
+    def data(path: str) -> str:
+        return base64.b64encode(Path(path).read_bytes()).decode()
+
+    async with scripted_apiserver(FOUND, context=context) as server:
+        url = f"https://127.0.0.1:{server.port}"
+        for user, cluster in (
+            (
+                {"client-certificate": certificate, "client-key": key},
+                {"certificate-authority": ca},
+            ),
+            (
+                {
+                    "client-certificate-data": data(certificate),
+                    "client-key-data": data(key),
+                },
+                {"certificate-authority-data": data(ca)},
+            ),
+        ):
+            await ask(server, write_kubeconfig(kubeconfig, url, user=user, cluster=cluster))
+        config = write_kubeconfig(kubeconfig, url, cluster={"certificate-authority": ca})
+        with pytest.raises(KubeUnavailable):
+            await ask(server, config)
+
+
+async def test_a_certificate_must_fit(kubeconfig: Path, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    context = _server_context(authority, tmp_path, "apiserver.test")
+    ca = write_ca(authority, tmp_path)
+    async with scripted_apiserver(FOUND, context=context) as server:
+        url = f"https://127.0.0.1:{server.port}"
+        wrong: tuple[tuple[dict[str, Any], str], ...] = (
+            ({"certificate-authority": ca}, "mismatch|doesn't match|not valid for"),
+            ({"certificate-authority": write_ca(trustme.CA(), tmp_path, "other")}, "verify failed"),
+            ({}, "verify failed"),
+        )
+        for cluster, text in wrong:
+            config = write_kubeconfig(kubeconfig, url, cluster=cluster)
+            with pytest.raises(KubeUnavailable, match=text):
+                await ask(server, config)
+        right: tuple[dict[str, Any], ...] = (
+            {"certificate-authority": ca, "tls-server-name": "apiserver.test"},
+            {"insecure-skip-tls-verify": True},
+        )
+        for cluster in right:
+            await ask(server, write_kubeconfig(kubeconfig, url, cluster=cluster))
+
+
+async def test_a_client_certificate_that_is_renewed_in_place(
+    kubeconfig: Path, tmp_path: Path
+) -> None:
+    authority, strangers = trustme.CA(), trustme.CA()
+    context = _server_context(authority, tmp_path, "127.0.0.1")
+    authority.configure_trust(context)
+    context.verify_mode = ssl.CERT_REQUIRED
+    certificate, key = write_pair(strangers, tmp_path, "client", "me")
+    async with scripted_apiserver(FOUND, context=context) as server:
+        config = write_kubeconfig(
+            kubeconfig,
+            f"https://127.0.0.1:{server.port}",
+            user={"client-certificate": certificate, "client-key": key},
+            cluster={"certificate-authority": write_ca(authority, tmp_path)},
+        )
+        async with open_kube_api(config) as api:
+            with pytest.raises(KubeUnavailable):
+                await api.get(NAMESPACES, "a")
+            write_pair(authority, tmp_path, "client", "me")
+            await api.get(NAMESPACES, "a")
+
+
+# -- proxies -----------------------------------------------------------------------------------------
+
+
+async def test_a_proxy_of_the_kubeconfig(kubeconfig: Path) -> None:
+    async with scripted_apiserver(FOUND) as proxy:
+        config = write_kubeconfig(
+            kubeconfig,
+            "http://apiserver.test",
+            cluster={"proxy-url": f"http://127.0.0.1:{proxy.port}"},
+        )
+        await ask(proxy, config)
+    assert proxy.asked[0].target.startswith("http://apiserver.test/api/v1/")
+
+
+@pytest.mark.parametrize("variable", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY"])
+async def test_a_proxy_of_the_environment(
+    kubeconfig: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    authority = trustme.CA()
+    context = _server_context(authority, tmp_path, "apiserver.test")
+    connected: list[bytes] = []
+
+    async with scripted_apiserver(FOUND, context=context) as server, scripted_apiserver() as proxy:
+
+        async def tunnel(stream: trio.SocketStream) -> None:
+            connected.append(await stream.receive_some(65536))
+            upstream = await trio.open_tcp_stream("127.0.0.1", server.port)
+            await stream.send_all(b"HTTP/1.1 200 OK\r\n\r\n")
+            async with upstream, trio.open_nursery() as nursery:
+                nursery.start_soon(copy, upstream, stream)
+                await copy(stream, upstream)
+                nursery.cancel_scope.cancel()
+
+        proxy.on_accept = tunnel
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{proxy.port}")
+        config = write_kubeconfig(
+            kubeconfig,
+            "https://apiserver.test:6443",
+            cluster={"certificate-authority": write_ca(authority, tmp_path)},
+        )
+        await ask(server, config)
+        assert connected[0].startswith(b"CONNECT apiserver.test:6443 ")
+        monkeypatch.setenv("NO_PROXY", ".test")
+        with pytest.raises(KubeUnavailable, match=r"cannot look up apiserver\.test"):
+            await ask(server, config)
+
+
+async def copy(source: trio.SocketStream, target: trio.SocketStream) -> None:
+    try:
+        while data := await source.receive_some(65536):
+            await target.send_all(data)
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        pass
