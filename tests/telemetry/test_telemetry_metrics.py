@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from clusterproxy.telemetry.agent_metrics import AgentMetrics
 from clusterproxy.telemetry.cells import Cell, Family, Histogram, HistogramFamily
+from clusterproxy.telemetry.controller_metrics import ControllerMetrics
 from clusterproxy.telemetry.exposition import render
 from clusterproxy.telemetry.server_metrics import ServerMetrics
 
@@ -223,7 +224,16 @@ def test_the_documentation_lists_exactly_what_exists() -> None:
         return f"| `{family.name}` | {family.kind} | {labels} | {family.documentation} |"
 
     families = {
-        family.name: family for m in (ServerMetrics(), AgentMetrics()) for family in m.families
+        family.name: family
+        for m in (ServerMetrics(), AgentMetrics(), ControllerMetrics())
+        for family in m.families
     }
-    documented = re.findall(r"(?m)^\| `(?:konnectivity_|clusterproxy_).*$", DOCS.read_text())
+    documented = [
+        line
+        for line in re.findall(
+            r"(?m)^\| `\w+` \| (?:counter|gauge|histogram) \|.*$", DOCS.read_text()
+        )
+        # Those of the clients are named without their prefix.
+        if re.match(r"\| `(?:konnectivity|clusterproxy|controller_runtime|leader|rest)_", line)
+    ]
     assert sorted(documented) == sorted(row(family) for family in families.values())
