@@ -46,7 +46,7 @@ from clusterproxy_proto import (
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
     from harness import ServerWorld
 
@@ -66,6 +66,8 @@ class Connector:
         self.transports: list[Transport] = []
         #: What the next attempts raise.
         self.errors: list[OSError] = []
+        #: What serves the next connections instead.
+        self.stand_ins: list[Callable[[Transport], Awaitable[None]]] = []
         self.attempts: list[float] = []
 
     async def __call__(self, _server: object) -> socket.socket:
@@ -75,7 +77,8 @@ class Connector:
             raise self.errors.pop(0)
         ours, theirs = socket_pair()
         self.transports.append(Transport(theirs))
-        self._nursery.start_soon(self._serve, self.transports[-1])
+        serve = self.stand_ins.pop(0) if self.stand_ins else self._serve
+        self._nursery.start_soon(serve, self.transports[-1])
         return ours
 
 
@@ -160,7 +163,11 @@ class Dial:
 
 @contextlib.asynccontextmanager
 async def scripted(
-    *, extended: bool = True, limits: Http2Limits | None = None, **options: Any
+    *,
+    extended: bool = True,
+    limits: Http2Limits | None = None,
+    stand_ins: Sequence[Callable[[Transport], Awaitable[None]]] = (),
+    **options: Any,
 ) -> AsyncGenerator[ProxyWorld]:
     """Open a tunnel to a scripted server; at the end nothing may be left of it."""
     peers: list[ScriptedProxy] = []
@@ -176,6 +183,7 @@ async def scripted(
     async with trio.open_nursery() as nursery:
         rpc = RpcServer({PROXY: open_call}, limits=limits or Http2Limits())
         connector = Connector(nursery, rpc.serve)
+        connector.stand_ins += stand_ins
         with patch_connector(connector):
             async with open_tunnel("/scripted", metrics=metrics, **options) as tunnel:
                 yield ProxyWorld(tunnel, nursery, connector, metrics, peers)

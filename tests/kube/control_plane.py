@@ -13,6 +13,7 @@ import signal
 import ssl
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -114,6 +115,8 @@ class ControlPlane:
         self.ca = directory / "ca.crt"
         self.admin_kubeconfig = directory / "admin.kubeconfig"
         self._programs: dict[str, subprocess.Popen[bytes]] = {}
+        # The kernel ends the programs with the thread that started them, so it is one that lives as long.
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix=f"{name} programs")
         self._client: httpx.Client | None = None
         self._resources: dict[tuple[str, str], tuple[str, bool]] = {}
         self._names = count(1)
@@ -158,12 +161,13 @@ class ControlPlane:
         for program in self._programs.values():
             program.wait()
         self._programs.clear()
+        self._starter.shutdown()
         if self._client is not None:
             self._client.close()
         shutil.rmtree(self.directory / "etcd", ignore_errors=True)
 
     def start_apiserver(self) -> None:
-        """Start the apiserver, again after :meth:`stop_apiserver`, and wait until it is ready."""
+        """Start the apiserver, again after :meth:`stop_apiserver`, and wait until it is ready. From any thread."""
         self._start(
             "kube-apiserver",
             str(kube_program()),
@@ -185,12 +189,14 @@ class ControlPlane:
             "--profiling=false",
         )
         self._await("kube-apiserver", lambda: self._call("GET", "/readyz").text == "ok")
+        if "kube-controller-manager" in self._programs:
+            # Its watches wait for up to half a minute after they have failed, and so would the next test.
+            self._end("kube-controller-manager")
+            self._start_controller_manager()
 
     def stop_apiserver(self) -> None:
         """End the apiserver as a crash would: its port refuses connections until it is started again."""
-        program = self._programs.pop("kube-apiserver")
-        program.kill()
-        program.wait()
+        self._end("kube-apiserver")
 
     @contextlib.contextmanager
     def stopped_apiserver(self) -> Generator[None]:
@@ -400,7 +406,8 @@ class ControlPlane:
     def _start(self, name: str, *command: str) -> None:
         # The kernel ends it even if the test run is killed and cannot.
         with self._log(name).open("ab") as log:
-            self._programs[name] = subprocess.Popen(
+            self._programs[name] = self._starter.submit(
+                subprocess.Popen,
                 ("setpriv", "--pdeathsig", "KILL", *command),
                 cwd=self.directory,
                 stdin=subprocess.DEVNULL,
@@ -408,7 +415,12 @@ class ControlPlane:
                 stderr=log,
                 # An interrupt is for the test run, which then ends them in its order.
                 start_new_session=True,
-            )
+            ).result()
+
+    def _end(self, name: str) -> None:
+        program = self._programs.pop(name)
+        program.kill()
+        program.wait()
 
     def _await(self, name: str, probe: Callable[[], bool]) -> None:
         def probed() -> bool:

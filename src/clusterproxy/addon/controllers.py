@@ -13,6 +13,7 @@ from clusterproxy.kube.reflector import Reflector
 from clusterproxy.kube.resource import SECRETS
 
 from .configuration import SERVICE_PROXY_SECRET
+from .contention import Contention
 from .hub_objects import service_proxy_leaf
 from .leaves import ensure_leaf
 from .objects import find
@@ -57,6 +58,7 @@ class ServiceProxyCertificate:
     def __init__(self, hub: Hub, config: ControllersConfig) -> None:
         self._hub = hub
         self._config = config
+        self._contention = Contention()
         self._signer = Signer(hub.api, config.signer_secret_namespace, config.signer_secret_name)
 
     async def run(self) -> Never:
@@ -101,6 +103,7 @@ class ServiceProxyCertificate:
             state.authority,
             owner=None,
             now=now,
+            contention=self._contention,
         )
         metrics = self._hub.metrics
         metrics.certificate_expiry_seconds.labels(config.certificates_namespace, name).set(

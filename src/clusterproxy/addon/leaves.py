@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from clusterproxy.kube.resource import SECRETS, map_at
 
 from .certificates import issue, not_after, why_reissue
+from .contention import last_writer
 from .objects import find
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from clusterproxy.kube.resource import Object
 
     from .certificates import Authority, Leaf
+    from .contention import Contention
 
 _log = logging.getLogger("clusterproxy.addon")
 
@@ -50,12 +52,14 @@ async def ensure_leaf(
     *,
     owner: Object | None,
     now: datetime,
+    contention: Contention,
 ) -> tuple[datetime, str | None]:
     """Keep the certificate of *leaf* in a secret; return when it ends, and why it was issued if it was.
 
-    A secret of another type is replaced by one of the right type (the type cannot be changed).
+    A secret of another type, or one that must not be changed, is replaced by a new one.
 
     Raises:
+      ConflictingWriter: it was changed so often that it is left alone for a while.
       KubeError: what the apiserver says; :class:`Conflict` if somebody else changed the secret.
     """
     live = await find(api, SECRETS, name, namespace)
@@ -65,6 +69,8 @@ async def ensure_leaf(
         reason = f"its type is {live.get('type')}"
     if reason is None:
         return not_after(data["tls.crt"]), None
+    called, wanted = f"Secret {namespace}/{name}", (leaf, authority.crt)
+    contention.check(called, wanted, reason, last_writer(live or {}))
     crt, key = issue(authority, leaf, now)
     fresh: Object = {
         "apiVersion": "v1",
@@ -73,18 +79,22 @@ async def ensure_leaf(
         "type": TLS_SECRET,
         "data": encoded({"tls.crt": crt, "tls.key": key}),
     }
-    if live is not None and live.get("type") == TLS_SECRET:
+    changeable = (
+        live is not None and live.get("type") == TLS_SECRET and live.get("immutable") is not True
+    )
+    if live is not None and changeable:
         fresh["metadata"] = live["metadata"]
         fresh["data"] = {**map_at(live, "data"), **fresh["data"]}
     if owner is not None:
         add_owner(fresh, owner)
     if live is None:
         await api.create(SECRETS, fresh)
-    elif live.get("type") == TLS_SECRET:
+    elif changeable:
         await api.replace(SECRETS, fresh)
     else:
         await api.delete(SECRETS, name, namespace, uid=live["metadata"]["uid"])
         await api.create(SECRETS, fresh)
+    contention.written(called, wanted)
     _log.info("issued the certificate in secret %s/%s: %s", namespace, name, reason)
     return not_after(crt), reason
 

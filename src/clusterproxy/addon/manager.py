@@ -141,7 +141,12 @@ class Manager:
             "clusterprofile", ClusterProfileReconciler(api).reconcile, metrics=self._hub.metrics
         )
         profiles = Reflector(api, CLUSTER_PROFILES, label_selector=SELECTOR)
-        secrets = Reflector(api, SECRETS, field_selector=f"metadata.name={USER_SECRET}")
+        secrets = Reflector(
+            api,
+            SECRETS,
+            self._config.pod_namespace,
+            field_selector=f"metadata.name={USER_SECRET}",
+        )
 
         def all_changed(_event: WatchEvent) -> None:
             for key in profiles.items:

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 
 from clusterproxy.errors import NotFound
 
+from .contention import differences, last_writer
 from .drift import Recreate, merge
 
 if TYPE_CHECKING:
     from clusterproxy.kube.api import KubeApi
     from clusterproxy.kube.resource import Object, Resource
+
+    from .contention import Contention
 
 _log = logging.getLogger("clusterproxy.addon")
 
@@ -26,35 +29,42 @@ async def find(
         return None
 
 
-async def ensure(api: KubeApi, resource: Resource, rendered: Object) -> Object:
+async def ensure(
+    api: KubeApi, resource: Resource, rendered: Object, contention: Contention
+) -> Object:
     """Create or change an object so that all that is *rendered* holds; return it as it is then.
 
     What others have added stays. An object of which a part that cannot be changed differs is made anew.
 
     Raises:
       Conflict: somebody else changed it at the same time. The next attempt sees what they did.
+      ConflictingWriter: it was changed back so often that it is left alone for a while.
       KubeError: what else the apiserver says.
     """
     metadata = rendered["metadata"]
     name, namespace = metadata["name"], metadata.get("namespace")
     live = await find(api, resource, name, namespace)
+    called = f"{resource.kind} {_where(namespace, name)}"
     if live is None:
-        _log.info("creating %s %s", resource.kind, _where(namespace, name))
-        return await api.create(resource, rendered)
+        contention.check(called, rendered, "it is deleted")
+        _log.info("creating %s", called)
+        created = await api.create(resource, rendered)
+        contention.written(called, rendered)
+        return created
     wanted = merge(live, rendered)
     if wanted is None:
         return live
+    fields = [wanted.field] if isinstance(wanted, Recreate) else differences(live, wanted)
+    contention.check(called, rendered, ", ".join(fields), last_writer(live))
     if isinstance(wanted, Recreate):
-        _log.warning(
-            "creating %s %s anew: %s cannot be changed",
-            resource.kind,
-            _where(namespace, name),
-            wanted.field,
-        )
+        _log.warning("creating %s anew: %s cannot be changed", called, wanted.field)
         await api.delete(resource, name, namespace, uid=live["metadata"]["uid"])
-        return await api.create(resource, rendered)
-    _log.info("updating %s %s", resource.kind, _where(namespace, name))
-    return await api.replace(resource, wanted)
+        written = await api.create(resource, rendered)
+    else:
+        _log.info("updating %s: %s", called, ", ".join(fields))
+        written = await api.replace(resource, wanted)
+    contention.written(called, rendered)
+    return written
 
 
 def _where(namespace: str | None, name: str) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import TYPE_CHECKING, Final, Never
 
-import attrs
 import trio
 
 from clusterproxy.kube.reflector import Reflector
@@ -53,13 +51,6 @@ def _owners(obj: Object) -> set[str]:
     }
 
 
-@attrs.define
-class _Interest:
-    """What a configuration has in a namespace that does not name it as owner."""
-
-    names: set[tuple[Resource, str]] = attrs.field(factory=set[tuple[Resource, str]])
-
-
 class OwnedObjects:
     """Watches the namespaces in which configurations have objects.
 
@@ -70,23 +61,29 @@ class OwnedObjects:
     def __init__(self, api: KubeApi, changed: Callable[[str], None]) -> None:
         self._api = api
         self._changed = changed
-        self._interests: dict[str, dict[str, _Interest]] = defaultdict(dict)
+        self._named: dict[str, set[tuple[Resource, str, str]]] = {}
+        self._watched: set[tuple[Resource, str]] = set()
         self._new = trio.Event()
-        self._waiting: list[str] = []
+        self._waiting: list[tuple[Resource, str]] = []
 
     def look_after(
-        self, configuration: str, namespace: str, names: Iterable[tuple[Resource, str]]
+        self, configuration: str, namespace: str, named: Iterable[tuple[Resource, str, str]]
     ) -> None:
-        """Tell of changes in *namespace* that concern *configuration*."""
-        if namespace not in self._interests:
-            self._waiting.append(namespace)
-            self._new.set()
-        self._interests[namespace][configuration] = _Interest(set(names))
+        """Tell of what changes in *namespace* and has *configuration* as an owner, and of what is *named*.
+
+        Each with namespace and name.
+        """
+        names = self._named[configuration] = set(named)
+        wanted = {(resource, namespace) for resource in _KINDS}
+        wanted |= {(resource, where) for resource, where, _ in names}
+        new = wanted - self._watched
+        self._watched |= new
+        self._waiting += new
+        self._new.set()
 
     def forget(self, configuration: str) -> None:
         """Tell no more of what has no owner."""
-        for interests in self._interests.values():
-            interests.pop(configuration, None)
+        self._named.pop(configuration, None)
 
     async def run(self) -> Never:
         """Watch until cancelled."""
@@ -95,20 +92,20 @@ class OwnedObjects:
                 await self._new.wait()
                 self._new = trio.Event()
                 waiting, self._waiting = self._waiting, []
-                for namespace in waiting:
-                    for resource in _KINDS:
-                        nursery.start_soon(self._watch, resource, namespace)
+                for resource, namespace in waiting:
+                    nursery.start_soon(self._watch, resource, namespace)
 
     async def _watch(self, resource: Resource, namespace: str) -> None:
         reflector = Reflector(self._api, resource, namespace, keep=_outline)
 
         def tell(event: WatchEvent) -> None:
-            concerned = _owners(event.object)
             name = text_at(event.object, "metadata", "name")
-            for configuration, interest in self._interests[namespace].items():
-                if (resource, name) in interest.names:
-                    concerned.add(configuration)
-            for configuration in concerned:
+            named = {
+                configuration
+                for configuration, names in self._named.items()
+                if (resource, namespace, name) in names
+            }
+            for configuration in named | _owners(event.object):
                 self._changed(configuration)
 
         reflector.subscribe(tell)

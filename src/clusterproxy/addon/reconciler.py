@@ -7,7 +7,9 @@ manageproxyconfig_controller.go``; what differs from it is in docs/compatibility
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections import Counter
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
@@ -34,6 +36,7 @@ from .configuration import (
     SignerType,
     parse_configuration,
 )
+from .contention import ConflictingWriter, Contention
 from .hub_objects import hub_objects, load_balancer, owner_reference, wanted_leaves
 from .leaves import ensure_leaf, secret_data
 from .objects import ensure, find
@@ -58,6 +61,9 @@ _log = logging.getLogger("clusterproxy.addon")
 
 #: Even if nothing is told to have changed, each configuration is looked at so often: certificates age.
 RESYNC_S: Final = 600.0
+
+# What comes and goes by itself is told of when it has not gone after so many attempts, which is after some seconds.
+_PATIENCE: Final = 10
 
 # The configuration that owns the CA's secret, and by which its rotation goes.
 _MAIN: Final = "cluster-proxy"
@@ -84,6 +90,7 @@ class Conditions:
 
     def __init__(self) -> None:
         self.found: list[Object] = []
+        self.contended: list[ConflictingWriter] = []
 
     def note(self, kind: str, status: bool, reason: str, message: str = "") -> None:
         self.found = [each for each in self.found if each["type"] != kind]
@@ -125,6 +132,9 @@ class ConfigurationReconciler:
         self._tls = tls
         self._image_pull_policy = image_pull_policy
         self._clock = clock
+        # By configuration: two that want different things of one object are a conflict, too.
+        self._contentions: dict[str, Contention] = {}
+        self._failures: Counter[str] = Counter()
 
     async def reconcile(self, name: str) -> float | None:
         """Make everything be as a configuration says; return seconds until it is to be looked at again.
@@ -135,6 +145,8 @@ class ConfigurationReconciler:
         live = await find(self._api, MANAGED_PROXY_CONFIGURATIONS, name)
         if live is None:
             self._owned.forget(name)
+            self._contentions.pop(name, None)
+            del self._failures[name]
             return None
         if value_at(live, "metadata", "deletionTimestamp"):
             # What it owns is collected with it.
@@ -147,40 +159,49 @@ class ConfigurationReconciler:
             conditions.note(RECONCILED, False, blocked.reason, str(blocked))
             self._events.note(live, "Warning", blocked.reason, str(blocked))
             again = RESYNC_S
-        except (Conflict, AlreadyExists, KubeUnavailable):
-            # Nothing that somebody could mend: the next attempt sees what there is then.
-            raise
         except KubeError as error:
-            reason = error.reason or "ApiserverError"
-            conditions.note(RECONCILED, False, reason, error.message)
-            self._events.note(live, "Warning", reason, error.message)
-            await self._report(live, conditions)
+            self._failures[name] += 1
+            passing = isinstance(error, Conflict | AlreadyExists | KubeUnavailable)
+            if not passing or self._failures[name] >= _PATIENCE:
+                reason = error.reason or "ApiserverError"
+                conditions.note(RECONCILED, False, reason, error.message)
+                self._events.note(live, "Warning", reason, error.message)
+                with contextlib.suppress(KubeError):
+                    await self._report(live, conditions)
             raise
         else:
-            conditions.note(RECONCILED, True, "Reconciled", "all is as configured")
+            if conditions.contended:
+                message = "; ".join(map(str, conditions.contended))
+                conditions.note(RECONCILED, False, "ConflictingWriter", message)
+                self._events.note(live, "Warning", "ConflictingWriter", message)
+                again = min(again, *(each.seconds for each in conditions.contended))
+            else:
+                conditions.note(RECONCILED, True, "Reconciled", "all is as configured")
         await self._report(live, conditions)
+        del self._failures[name]
         return again
 
     async def _converge(self, live: Object, conditions: Conditions) -> float:
         configuration = self._read(live, conditions)
         server = configuration.proxy_server
+        namespace = server.namespace
         self._owned.look_after(
             configuration.name,
-            server.namespace,
+            namespace,
             [
-                (SERVICES, server.entrypoint.load_balancer_name),
-                (SECRETS, self._signer.name),
-                (SECRETS, PROXY_SERVER_CA_SECRET),
-                *((SECRETS, name) for name in wanted_leaves(configuration, "")),
+                (SERVICES, namespace, server.entrypoint.load_balancer_name),
+                (SECRETS, self._signer.namespace, self._signer.name),
+                (SECRETS, namespace, PROXY_SERVER_CA_SECRET),
+                *((SECRETS, namespace, name) for name in wanted_leaves(configuration, "")),
             ],
         )
-        await self._ensure_namespace(server.namespace)
+        await self._ensure_namespace(namespace)
         address = await self._entrypoint(configuration, live, conditions)
         owner = await self._main_owner(configuration)
         now = self._clock()
         leaves = wanted_leaves(configuration, address)
         if configuration.signer_type is SignerType.SELF_SIGNED:
-            bundle = await self._sign(configuration, leaves, owner, now, conditions)
+            bundle = await self._sign(configuration, live, leaves, owner, now, conditions)
         else:
             bundle = await self._provided(configuration, leaves, now, conditions)
         await self._deploy(configuration, live, bundle, conditions)
@@ -264,6 +285,7 @@ class ConfigurationReconciler:
     async def _sign(
         self,
         configuration: ProxyConfiguration,
+        live: Object,
         leaves: dict[str, Leaf],
         owner: Object | None,
         now: datetime,
@@ -275,14 +297,34 @@ class ConfigurationReconciler:
             raise Blocked(_SERVER_SIGNED, "SignerInvalid", str(error)) from error
         if state.authority.expired(now):
             # The rotation replaces it at once.
+            end = go_time(state.authority.certificate.not_valid_after_utc)
             await self._signer.advance(now, bundle_delivered=True, previous_unused=True)
+            self._events.note(
+                live,
+                "Warning",
+                "CAExpired",
+                f"the certificate authority in Secret {self._signer.namespace}/{self._signer.name} expired at {end} and "
+                "was replaced: whoever has an older ca.crt needs the new one",
+            )
             state = await self._signer.state(owner, now)
         namespace = configuration.proxy_server.namespace
         for name, leaf in leaves.items():
             try:
                 end, issued = await ensure_leaf(
-                    self._api, namespace, name, leaf, state.authority, owner=owner, now=now
+                    self._api,
+                    namespace,
+                    name,
+                    leaf,
+                    state.authority,
+                    owner=owner,
+                    now=now,
+                    contention=self._contention(configuration),
                 )
+            except ConflictingWriter as error:
+                kind = _condition_of(configuration, name)
+                conditions.note(kind, False, "ConflictingWriter", str(error))
+                conditions.contended.append(error)
+                continue
             except CertificateError as error:
                 raise Blocked(
                     _condition_of(configuration, name), "NotYetSigned", str(error)
@@ -343,7 +385,6 @@ class ConfigurationReconciler:
         self, configuration: ProxyConfiguration, live: Object, bundle: bytes, conditions: Conditions
     ) -> None:
         profile, _ = self._tls()
-        deployment: Object = {}
         for resource, rendered in hub_objects(
             configuration,
             bundle,
@@ -354,11 +395,21 @@ class ConfigurationReconciler:
             provided = configuration.signer_type is SignerType.PROVIDED
             if provided and rendered["metadata"]["name"] == PROXY_SERVER_CA_SECRET:
                 continue
-            present = await ensure(self._api, resource, rendered)
+            try:
+                present = await ensure(
+                    self._api, resource, rendered, self._contention(configuration)
+                )
+            except ConflictingWriter as error:
+                conditions.contended.append(error)
+                if resource is DEPLOYMENTS:
+                    conditions.note(DEPLOYED, False, "ConflictingWriter", str(error))
+                continue
             if resource is DEPLOYMENTS:
-                deployment = present
-        replicas = value_at(deployment, "status", "replicas") or 0
-        conditions.note(DEPLOYED, True, "SuccessfullyDeployed", f"Replicas: {replicas}")
+                replicas = value_at(present, "status", "replicas") or 0
+                conditions.note(DEPLOYED, True, "SuccessfullyDeployed", f"Replicas: {replicas}")
+
+    def _contention(self, configuration: ProxyConfiguration) -> Contention:
+        return self._contentions.setdefault(configuration.name, Contention())
 
     async def _rotate(self, live: Object, now: datetime) -> float:
         """Take the next step of the CA's rotation if it is due; return seconds until there may be another."""

@@ -224,6 +224,13 @@ def lost_at_start(server: Server, lost: str, *, tls: bool) -> ConnectError:
     return ConnectError(str(server), ConnectCause.CLOSED, lost, advice)
 
 
+def going_away(server: Server) -> ConnectError:
+    """Return the error for a server that ends every new connection in order before it is of use."""
+    return ConnectError(
+        str(server), ConnectCause.CLOSED, "it is going away", "is it being shut down or replaced?"
+    )
+
+
 def _words(reason: str) -> str:
     return reason.lower().replace("_", " ")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Never
 
 import trio
 
-from clusterproxy.errors import ConnectError, DialCause, DialError, DialReason, Hop
+from clusterproxy.errors import ConnectError
 from clusterproxy.http2.adapter import H2Error
 from clusterproxy.http2.connection import Http2Connection
 from clusterproxy.http2.limits import Http2Limits
@@ -17,7 +17,7 @@ from clusterproxy.rpc.keepalive import BETWEEN_OURS, TIMEOUT_S
 from clusterproxy.tunnel.extension import offer
 
 from .connecting import connect, local_address
-from .failures import lost_at_start, no_http2, timed_out_connect, unreached_server
+from .failures import going_away, lost_at_start, no_http2, timed_out_connect, unreached_server
 from .proxy_call import ProxyCall
 from .tunnel import Tunnel, TunnelConfig
 
@@ -44,6 +44,10 @@ _LOOK_S: Final = 1.0
 _FIRST_BACKOFF_S: Final = 0.2
 _BACKOFF_FACTOR: Final = 1.6
 _MAX_BACKOFF_S: Final = 10.0
+
+# Before each new attempt where the last connection was ended in order before it was of use: what a
+# server has not looked at is safe to try again (RFC 9113 §6.8), but not for ever.
+_FAREWELL_PAUSES: Final = (0.05, 0.2)
 
 # How often a dial looks again for a place among the streams that the server allows.
 _RETRY_S: Final = 0.1
@@ -112,7 +116,19 @@ class GrpcTunnel(Tunnel):
 
     async def _connect(self) -> Http2Connection:
         config = self._config
-        deadline = trio.current_time() + config.connect_timeout_s
+        with trio.move_on_after(config.connect_timeout_s):
+            for pause in (*_FAREWELL_PAUSES, 0.0):
+                connection = await self._open()
+                if not connection.draining:
+                    return connection
+                # One of the last that this server has taken: the next one may go to another.
+                await trio.sleep(pause)
+            raise going_away(config.server)
+        raise timed_out_connect(config.server, config.connect_timeout_s)
+
+    async def _open(self) -> Http2Connection:
+        """Return a new connection that the server has answered on; it may be draining already."""
+        config = self._config
         transport = await connect(
             config.server,
             config.credentials,
@@ -128,19 +144,15 @@ class GrpcTunnel(Tunnel):
         self._nursery.start_soon(self._run, connection, transport, settled)
         try:
             # An answer means that this is HTTP/2, and that the client's certificate was accepted.
-            with trio.move_on_at(deadline) as limit:
-                await trio.lowlevel.checkpoint()
-                connection.ping(settled.set)
-                await settled.wait()
+            await trio.lowlevel.checkpoint()
+            connection.ping(settled.set)
+            await settled.wait()
         except BaseException:
             connection.fail("cancelled")
             raise
-        if limit.cancelled_caught:
-            connection.fail("no answer")
-            raise timed_out_connect(config.server, config.connect_timeout_s)
         if connection.at_fault:
             raise no_http2(config.server, connection.lost or "")
-        if connection.lost:
+        if connection.lost and not connection.draining:
             raise lost_at_start(config.server, connection.lost, tls=transport.secure)
         return connection
 
@@ -158,8 +170,6 @@ class GrpcTunnel(Tunnel):
                 self._current = None
                 if not self._closing:
                     _log.info("connection to %s lost: %s", self._config.server, connection.lost)
-            if not self._config.reusable and self._started:
-                self.end()
             self._check_done()
 
     async def _keep_alive(self) -> Never:
@@ -174,11 +184,17 @@ class GrpcTunnel(Tunnel):
     # -- dials -------------------------------------------------------------------------------------
 
     async def _dial(self, address: str) -> TunnelStream:
+        try:
+            return await self._dial_over_any(address)
+        except ConnectError as error:
+            if not self._config.reusable:
+                self.end()
+            raise unreached_server(address, error) from error
+
+    async def _dial_over_any(self, address: str) -> TunnelStream:
+        farewells = 0
         while True:
-            try:
-                connection = await self._ready()
-            except ConnectError as error:
-                raise unreached_server(address, error) from error
+            connection = await self._ready()
             if self._closing:
                 raise self._closed_error(address)
             freed = self._freed
@@ -191,14 +207,11 @@ class GrpcTunnel(Tunnel):
                 # It takes no more streams for now.
                 with trio.move_on_after(_RETRY_S):
                     await freed.wait()
-            elif not self._config.reusable:
-                raise DialError(
-                    DialReason.TUNNEL_CLOSED,
-                    f"tunnel closed: {connection.lost or 'the server is going away'}",
-                    hop=Hop.SERVER,
-                    cause=DialCause.CLOSED,
-                    address=address,
-                )
+            elif farewells == len(_FAREWELL_PAUSES):
+                raise going_away(self._config.server)
+            else:
+                await trio.sleep(_FAREWELL_PAUSES[farewells])
+                farewells += 1
 
     def _start(self, connection: Http2Connection, address: str) -> ProxyCall | None:
         config = self._config
@@ -222,8 +235,8 @@ class GrpcTunnel(Tunnel):
             self._calls.discard(ended)
             self._freed.set()
             self._freed = trio.Event()
-            if not config.reusable:
-                connection.fail("no longer needed")
+            if not config.reusable and not ended.refused:
+                self.end()
             self._check_done()
 
         dial = ProxyCall(

@@ -88,6 +88,11 @@ class ProxyCall:
         call.on_close = self._on_call_closed
         self._set_status("created")
 
+    @property
+    def refused(self) -> bool:
+        """Whether the server has ended the call without having looked at it."""
+        return self._call.refused
+
     # -- the dial ----------------------------------------------------------------------------------
 
     async def dial(self) -> GrpcStream | None:
