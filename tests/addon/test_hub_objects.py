@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import pytest
+from compatibility import Place, differences, documented, meaning
 from golden_objects import (
     FULL,
     HOSTNAME,
@@ -58,35 +59,12 @@ def with_args(*arguments: str) -> Object:
     return deployment(configuration(proxyServer={"additionalArgs": list(arguments)}))
 
 
-# Everything in which our objects differ from the original's on an apiserver: (kind, path): reason.
-DIFFERENCES = {
-    ("ServiceAccount", ""): "proxy servers run under an account of their own, which has no rights",
-    ("Secret", "metadata.annotations.rendered-hash"): "the CA is another in every installation",
-    ("Secret", "data.ca.crt"): "the CA is another in every installation",
-    ("Deployment", "metadata.annotations.rendered-hash"): "the deployment differs, see below",
-    ("Deployment", "spec.strategy.type"): "no outage: a new server is there before an old one goes",
-    ("Deployment", "spec.strategy.rollingUpdate"): "no outage: a new server is there before an old one goes",
-    ("Deployment", "spec.template.spec.serviceAccountName"): "an account without the manager's rights",
-    ("Deployment", "spec.template.spec.serviceAccount"): "the apiserver's copy of serviceAccountName",
-    ("Deployment", "spec.template.spec.automountServiceAccountToken"): "a server that asks no apiserver needs no token",
-    ("Deployment", "spec.template.spec.terminationGracePeriodSeconds"): "time for open tunnels to end",
-    ("Deployment", "spec.template.spec.topologySpreadConstraints"): "no node or zone takes all servers with it",
-    ("Deployment", "spec.template.spec.containers[].env"): "a new server waits for its agents",
-    ("Deployment", "spec.template.spec.containers[].ports"): "names for monitors and policies",
-    ("Deployment", "spec.template.spec.containers[].lifecycle"): "no new connections for a server that ends",
-    ("Deployment", "spec.template.spec.containers[].resources.requests"): "a place on a node that has room",
-    ("Deployment", "spec.template.spec.containers[].startupProbe"): "a server that hangs is restarted",
-    ("Deployment", "spec.template.spec.containers[].livenessProbe"): "a server that hangs is restarted",
-    ("Deployment", "spec.template.spec.containers[].readinessProbe"): "clients are not sent to a server that is not up",
-}  # fmt: skip
-
 # What the apiserver and its controllers fill in or count, which is the same for whatever was sent.
 FILLED_IN = {
-    "metadata": {"creationTimestamp", "generation", "resourceVersion", "uid"},
-    "metadata.annotations": {"deployment.kubernetes.io/revision"},
+    "metadata": {"generation"},
     "": {"status", "type"},
     "spec": {
-        "clusterIP", "clusterIPs", "internalTrafficPolicy", "ipFamilies", "ipFamilyPolicy", "sessionAffinity",
+        "internalTrafficPolicy", "ipFamilies", "ipFamilyPolicy", "sessionAffinity",
         "progressDeadlineSeconds", "revisionHistoryLimit",
     },
     "spec.ports[]": {"protocol"},
@@ -96,45 +74,34 @@ FILLED_IN = {
 }  # fmt: skip
 
 
-def differences(theirs: Any, ours: Any, path: str = "") -> set[str]:
-    """Return the paths at which two values differ, those of a map's absent keys included."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        found = set()
-        for key in theirs.keys() | ours.keys():
-            if key in theirs and key not in ours and key in FILLED_IN.get(path, ()):
-                continue
-            # The prefix has dots of its own.
-            name = key.removeprefix("proxy.open-cluster-management.io/")
-            if theirs.get(key) != ours.get(key):
-                found |= differences(theirs.get(key), ours.get(key), f"{path}.{name}".lstrip("."))
-        return found
-    if isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
-        pairs = zip(theirs, ours, strict=True)
-        return {each for pair in pairs for each in differences(*pair, f"{path}[]")}
-    return set() if theirs == ours else {path}
+def comparable(obj: Object, configuration: Object) -> Object:
+    # Certificates are compared in tests/kube/test_golden.py.
+    return meaning({**obj, "data": {}} if obj["kind"] == "Secret" else obj, configuration)
 
 
 @pytest.mark.parametrize("situation", [HOSTNAME, PORT_FORWARD])
 def test_the_objects_are_the_originals(situation: str) -> None:
     theirs = golden(situation)
-    config = parse_configuration(golden_configuration(situation))
+    live = golden_configuration(situation)
+    config = parse_configuration(live)
     ours = rendered(config)
-    leaves = wanted_leaves(config)
-    made_elsewhere = {
-        ("ManagedProxyConfiguration", "cluster-proxy"),
-        ("Secret", "cluster-proxy-signer"),
-    }
     assert theirs.keys() == {
         *(ours.keys() - {("ServiceAccount", "cluster-proxy-proxy-server")}),
-        *(("Secret", name) for name in leaves),
-        *made_elsewhere,
+        *(("Secret", name) for name in wanted_leaves(config)),
+        # These are made elsewhere.
+        ("ManagedProxyConfiguration", "cluster-proxy"),
+        ("Namespace", "open-cluster-management-addon"),
+        ("Secret", "cluster-proxy-signer"),
     }
-    found = {
-        (key[0], path)
-        for key, obj in ours.items()
-        for path in (differences(theirs[key], obj) if key in theirs else {""})
-    }
-    assert found == DIFFERENCES.keys()
+    found: set[Place] = set()
+    for key, obj in ours.items():
+        paths = {""}
+        if key in theirs:
+            paths = differences(
+                comparable(theirs[key], live), comparable(obj, live), filled_in=FILLED_IN
+            )
+        found |= {(*key, path) for path in paths}
+    assert found == {each for each in documented() if each[0] != "ManagedProxyConfiguration"}
 
 
 def test_hashes_are_the_originals() -> None:
