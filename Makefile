@@ -29,7 +29,7 @@ setup: $(READY) ## the virtual environment, which all other targets make as need
 test: $(READY) go-is-here kube-servers $(DEMO_CLIENT) coverage conformance ## all tests with coverage, and the conformance matrix against Go (needs Go and etcd)
 
 test-fast: $(READY) ## the tests that start no programs (no Go, under 90 s)
-	$(BIN)/python -m pytest -q -m 'not programs and not kube' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -m 'not programs and not kube' --hypothesis-profile=fast $(PYTEST_ARGS)
 
 kube-servers: $(READY) go-is-here ## the Kubernetes of the tests, built once (4 to 8 minutes) and kept in the user's cache folder
 	@PYTHONPATH=tests $(BIN)/python -m kube.build

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from itertools import count, cycle
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import attrs
 import pytest
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from examples import examples
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -15,6 +19,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from clusterproxy.addon import certificates
 from clusterproxy.addon.ca_rotation import (
     ACTED_ON,
     BEGAN,
@@ -36,7 +41,7 @@ from clusterproxy.addon.certificates import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from cryptography import x509
 
@@ -50,6 +55,13 @@ def generate() -> Callable[[datetime], Authority]:
     """Make authorities from a few keys that are made once."""
     keys = cycle([new_key() for _ in range(5)])
     return lambda now: new_authority(now, private_key=next(keys), distinct=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _keys_are_read_once() -> Iterator[None]:
+    # Each time costs as much as everything else in hundreds of steps.
+    with patch.object(certificates, "load_pem_private_key", cache(load_pem_private_key)):
+        yield
 
 
 def go(state: State, now: datetime, generate: Any, **known: bool) -> State | None:
@@ -299,5 +311,7 @@ def test_every_certificate_in_use_is_trusted_by_every_bundle_in_use(generate: An
     machine = type("Overlap", (Overlap,), {"generate": staticmethod(generate)})
     run_state_machine_as_test(
         machine,
-        settings=settings(derandomize=True, max_examples=80, stateful_step_count=30, deadline=None),
+        settings=settings(
+            derandomize=True, max_examples=examples(80), stateful_step_count=30, deadline=None
+        ),
     )

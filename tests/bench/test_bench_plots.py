@@ -48,20 +48,26 @@ ROWS = [
 NAMES = ["throughput", "latency", "cpu", "dials", "memory"]
 
 
-@pytest.fixture(autouse=True)
-def _text_as_text(tmp_path: Path) -> Any:
+@pytest.fixture(scope="module", autouse=True)
+def _text_as_text() -> Any:
     with rc_context({"svg.fonttype": "none"}):
         yield
 
 
-def test_each_picture_as_png_and_svg(tmp_path: Path) -> None:
-    written = write_plots({"rows": ROWS}, tmp_path)
-    assert written == [tmp_path / f"{name}.{suffix}" for name in NAMES for suffix in ("png", "svg")]
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return write_plots({"rows": ROWS}, tmp_path_factory.mktemp("plots"))
+
+
+def test_each_picture_as_png_and_svg(written: list[Path]) -> None:
+    assert [path.name for path in written] == [
+        f"{name}.{suffix}" for name in NAMES for suffix in ("png", "svg")
+    ]
     for path in written[::2]:
         height, width, _ = image.imread(path).shape
         assert width > 700, path
         assert height > 250, path
-    texts = {name: (tmp_path / f"{name}.svg").read_text() for name in NAMES}
+    texts = {path.stem: path.read_text() for path in written[1::2]}
     for name, words in {
         "throughput": ("direct", "through the tunnel", "9", "2.25", "25%", "read", "write", "Gbit/s"),
         "latency": ("alone", "beside a busy stream of the same agent", "150 µs", "900 µs", "6 ms"),
@@ -91,6 +97,6 @@ def test_only_what_was_measured(
     assert {path.stem for path in tmp_path.iterdir()} == set(names)
 
 
-def test_the_same_report_makes_the_same_files(tmp_path: Path) -> None:
-    first = {path.name: path.read_bytes() for path in write_plots({"rows": ROWS}, tmp_path)}
+def test_the_same_report_makes_the_same_files(written: list[Path], tmp_path: Path) -> None:
+    first = {path.name: path.read_bytes() for path in written}
     assert first == {path.name: path.read_bytes() for path in write_plots({"rows": ROWS}, tmp_path)}

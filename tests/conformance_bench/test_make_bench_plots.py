@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bench import agents, growth
+import pytest
+from bench import agents, growth, plots
 from bench.cases import cases
 from bench.plots import draw
 from bench.samples import Result, Row, Sample, Table
@@ -27,6 +28,12 @@ PLOTS = (
     "verdicts",
     "verdicts-before",
 )
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Everything is there, of fewer pixels.
+    monkeypatch.setitem(plots.STYLE, "savefig.dpi", 40)
 
 
 def measured(value: float) -> Result:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 import trio.testing
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -401,7 +402,7 @@ fragments = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.lists(fragments, max_size=12))
 def test_garbage_never_crashes_the_server(pieces: list[bytes]) -> None:
     sent: list[bytes] = []

@@ -12,6 +12,7 @@ from typing import Any
 
 import hpack
 import pytest
+from examples import examples
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
@@ -456,7 +457,7 @@ _HEADER_LISTS = st.lists(st.tuples(_NAMES, _VALUES), max_size=5)
     ),
     headers=_HEADER_LISTS,
 )
-@settings(derandomize=True, deadline=None, max_examples=500)
+@settings(derandomize=True, deadline=None, max_examples=examples(500))
 def test_broken_input_raises_nothing_but_h2_errors(
     client: bool, frames: list[bytes], headers: list[tuple[bytes, bytes]]
 ) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import hpack
 import pytest
 import trio
+from examples import examples
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
@@ -591,7 +592,7 @@ cut_sizes = st.lists(
 thorough = hypothesis_settings(
     derandomize=True,
     deadline=None,
-    max_examples=600,
+    max_examples=examples(600),
     suppress_health_check=[HealthCheck.too_slow],
 )
 

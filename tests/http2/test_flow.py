@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,7 +11,7 @@ from clusterproxy.http2.limits import Meter
 # Small messages share a buffer of this size.
 BUFFERFUL = 32 * 1024
 
-thorough = settings(derandomize=True, deadline=None, max_examples=150)
+thorough = settings(derandomize=True, deadline=None, max_examples=examples(150))
 message_sizes = st.one_of(
     st.integers(0, 200),
     st.integers(0, 3 * QUANTUM),

@@ -37,7 +37,7 @@ from clusterproxy.errors import (
     NotFound,
     Unauthorized,
 )
-from clusterproxy.kube import client as client_module
+from clusterproxy.kube import body as body_module
 from clusterproxy.kube.api import Change, Patch
 from clusterproxy.kube.client import KubeClient, open_kube_api
 from clusterproxy.kube.resource import CONFIG_MAPS, LEASES, NAMESPACES, SECRETS, SERVICE_ACCOUNTS
@@ -226,7 +226,7 @@ async def test_broken_connections(kubeconfig: Path, script: Script) -> None:
 
 
 async def test_an_answer_may_be_too_big(kubeconfig: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "_BODY_LIMIT", 100_000)
+    monkeypatch.setattr(body_module, "BODY_LIMIT", 100_000)
 
     async def endless(talk: Conversation) -> None:
         await talk.begin_chunks()
@@ -471,7 +471,7 @@ async def test_a_watch_that_is_cut(kubeconfig: Path) -> None:
 
 
 async def test_an_event_may_be_too_big(kubeconfig: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "_BODY_LIMIT", 100_000)
+    monkeypatch.setattr(body_module, "BODY_LIMIT", 100_000)
 
     async def script(talk: Conversation) -> None:
         await talk.begin_chunks()
@@ -589,7 +589,7 @@ async def test_no_thread_or_socket_is_left(
         config = write_kubeconfig(
             kubeconfig, f"{scheme}://127.0.0.1:{server.port}", cluster=cluster
         )
-        timeout_s = 0.3 if how == "timeout" else 30
+        timeout_s = 0.1 if how == "timeout" else 30
         async with open_kube_api(config, timeout_s=timeout_s) as api:
             await _end(server, partial(call, api), how)
             await until_gone(server, before)
@@ -610,7 +610,7 @@ async def test_no_thread_or_socket_is_left_by_a_handshake(
         server.on_accept = handshake
         before = sockets()
         config = write_kubeconfig(kubeconfig, f"https://127.0.0.1:{server.port}", cluster=cluster)
-        timeout_s = 0.3 if how == "timeout" else 30
+        timeout_s = 0.1 if how == "timeout" else 30
         async with open_kube_api(config, timeout_s=timeout_s) as api:
             await _end(server, partial(call, api), how)
             await until_gone(server, before)
@@ -628,9 +628,9 @@ async def test_no_thread_or_socket_is_left_by_a_connect(kubeconfig: Path, how: s
             filler.connect_ex(address)
         config = write_kubeconfig(kubeconfig, f"http://127.0.0.1:{address[1]}")
         before = sockets()
-        async with open_kube_api(config, timeout_s=0.3 if how == "timeout" else 30) as api:
+        async with open_kube_api(config, timeout_s=0.1 if how == "timeout" else 30) as api:
             if how == "timeout":
-                with pytest.raises(KubeUnavailable, match=r"no answer within 0\.3 s"):
+                with pytest.raises(KubeUnavailable, match=r"no answer within 0\.1 s"):
                     await get(api)
             else:
                 async with trio.open_nursery() as nursery:
@@ -645,7 +645,7 @@ async def test_no_thread_or_socket_is_left_by_a_connect(kubeconfig: Path, how: s
 
 async def _end(server: ScriptedApiserver, call: Callable[[], Awaitable[None]], how: str) -> None:
     if how == "timeout":
-        with pytest.raises(KubeUnavailable, match=r"no answer within 0\.3 s"):
+        with pytest.raises(KubeUnavailable, match=r"no answer within 0\.1 s"):
             await call()
         return
     async with trio.open_nursery() as nursery:

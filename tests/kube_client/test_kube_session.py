@@ -13,7 +13,7 @@ import pytest
 import trio
 import trustme
 from certificates import write_ca, write_pair
-from scripted_apiserver import answer, refusal, scripted_apiserver, write_kubeconfig
+from scripted_apiserver import answer, refusal, scripted_apiserver, until, write_kubeconfig
 
 from clusterproxy.errors import ConfigError, KubeUnavailable, Unauthorized
 from clusterproxy.kube import session as session_module
@@ -21,7 +21,7 @@ from clusterproxy.kube.client import open_kube_api
 from clusterproxy.kube.resource import CONFIG_MAPS, NAMESPACES
 
 if TYPE_CHECKING:
-    from scripted_apiserver import ScriptedApiserver
+    from scripted_apiserver import Conversation, ScriptedApiserver
 
 THING = {"kind": "ConfigMap", "metadata": {"name": "a", "namespace": "n"}}
 FOUND = answer(200, THING)
@@ -207,7 +207,12 @@ async def test_refused_credentials_are_read_again_once(kubeconfig: Path) -> None
 
 
 async def test_credentials_that_many_find_refused_are_read_again_once(kubeconfig: Path) -> None:
-    async with scripted_apiserver(UNAUTHORIZED, UNAUTHORIZED, UNAUTHORIZED, FOUND) as server:
+    async def refuse(talk: Conversation) -> None:
+        # Only when all have asked: who is refused twice does not ask again.
+        await until(lambda: len(server.asked) >= 3)
+        await UNAUTHORIZED(talk)
+
+    async with scripted_apiserver(refuse, refuse, refuse, FOUND) as server:
         plugin = kubeconfig.parent / "plugin"
         credential = {"apiVersion": "v1", "kind": "ExecCredential", "status": {"token": "t"}}
         write_text(plugin, f"#!/bin/sh\necho x >> runs\necho '{json.dumps(credential)}'\n")

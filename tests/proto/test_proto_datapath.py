@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from examples import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from clusterproxy_proto import Data, Packet, canonical_data, data_header, decode, encode, run_end
 
-thorough = settings(derandomize=True, deadline=None, max_examples=400)
+thorough = settings(derandomize=True, deadline=None, max_examples=examples(400))
 
 LAST = (1 << 63) - 1
 WIDTHS = [1 << 7 * n for n in range(1, 9)]

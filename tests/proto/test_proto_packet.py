@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from examples import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from upb_oracle import IMPLEMENTATION, assert_alike, upb_decode, upb_encode
@@ -28,7 +29,7 @@ from clusterproxy_proto import (
     encode,
 )
 
-thorough = settings(derandomize=True, deadline=None, max_examples=250)
+thorough = settings(derandomize=True, deadline=None, max_examples=examples(250))
 
 int32s = st.integers(-(1 << 31), (1 << 31) - 1)
 int64s = st.integers(-(1 << 63), (1 << 63) - 1) | st.integers(-300, 300)
@@ -200,7 +201,7 @@ def test_mutations(raw: bytes, edits: list[tuple[int, int, bytes]]) -> None:
         assert_alike(raw)
 
 
-@settings(thorough, max_examples=60)
+@settings(thorough, max_examples=examples(60))
 @given(payloads.map(Packet.of), st.lists(good_fields, max_size=2).map(b"".join))
 @example(Packet.of(DialRequest("tcp", "größe:80", -1)), b"")
 def test_truncation_at_every_byte(packet: Packet, unknown: bytes) -> None:

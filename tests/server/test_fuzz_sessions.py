@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import pytest
 import trio
+from examples import examples
 from harness import (
     CONNECT,
     GO,
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
     from clusterproxy.grpc import Metadata
     from clusterproxy.rpc.server import RpcServer
 
-TOTAL = int(os.environ.get("CLUSTERPROXY_FUZZ", "3000"))
+TOTAL = int(os.environ.get("CLUSTERPROXY_FUZZ", examples(3000)))
 # How often the others are looked at.
 LOOK = 10
 

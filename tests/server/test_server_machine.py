@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import trio
 import trio.testing
+from examples import examples
 from harness import GO, OURS, ClientPeer, ServerWorld, dial_ok, serving, settle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -385,7 +386,12 @@ class Model:
         assert len(tables) == sum(agent.alive for agent in self.agents)
 
 
-@settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=examples(40),
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
 @given(
     steps=st.lists(
         st.tuples(st.sampled_from(STEPS), st.integers(0, 60), st.integers(0, 60)),

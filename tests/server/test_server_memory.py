@@ -41,6 +41,8 @@ KINDS = (
 def no_collector() -> Generator[None]:
     gc.collect()
     gc.disable()
+    # What was there before is not looked through each time.
+    gc.freeze()
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 import trio
 import trio.testing
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transport_pairs import (
@@ -94,7 +95,7 @@ steps: st.SearchStrategy[tuple[str, list[int]]] = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.lists(steps, max_size=20), st.integers(1, 4000))
 def test_nothing_is_lost_miscounted_or_out_of_order(
     program: list[tuple[str, list[int]]], width: int

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import attrs
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -129,7 +130,7 @@ class GuardMachine(RuleBasedStateMachine):
 
 
 TestGuards = GuardMachine.TestCase
-TestGuards.settings = settings(max_examples=100, stateful_step_count=40)
+TestGuards.settings = settings(max_examples=examples(100), stateful_step_count=40)
 
 
 def test_many_queues_get_less_each() -> None:

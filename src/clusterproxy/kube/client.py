@@ -11,27 +11,26 @@ import random
 from collections import deque
 from contextlib import asynccontextmanager
 from functools import partial
-from http.client import HTTPException
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 from urllib.parse import urlencode
 
-import attrs
 import trio
-from urllib3.exceptions import HTTPError
 from urllib3.util import Timeout
 
 from clusterproxy import __version__
-from clusterproxy.errors import ConfigError, Gone, Invalid, KubeError, KubeUnavailable
+from clusterproxy.errors import ConfigError, Gone, KubeError, KubeUnavailable
 
-from .answer import Answer, retry_after, watch_event
+from .answer import Answer
 from .api import Listing, Patch
+from .body import TRANSPORT_ERRORS, WatchEvents, read_answer, unavailable
 from .exchange import CONNECT_TIMEOUT_S, Exchange, in_thread
+from .request import Request, check_namespace, complete, own_path, path_of
 from .resource import text_at, value_at
 from .session import POOL_SIZE, Session, Sessions
 from .throttle import Throttle
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
     from urllib3.response import BaseHTTPResponse
 
@@ -46,31 +45,11 @@ REQUEST_TIMEOUT_S: Final = 30.0
 USER_AGENT: Final = f"clusterproxy/{__version__}"
 
 _PAGE: Final = 500
-_BODY_LIMIT: Final = 64 * 1024 * 1024
-_CHUNK: Final = 64 * 1024
 _ATTEMPTS: Final = 3
 _LONGEST_WAIT_S: Final = 10.0
 # As client-go (tools/cache/reflector.go: minWatchTimeout).
 _WATCH_S: Final = (300, 600)
 _WATCH_GRACE_S: Final = 30.0
-
-# What urllib3 lets through, files of credentials, and a header that cannot be sent.
-_TRANSPORT_ERRORS: Final = (HTTPError, HTTPException, OSError, ValueError)
-
-
-@attrs.frozen(kw_only=True)
-class _Request:
-    verb: str
-    method: str
-    resource: Resource
-    path: str
-    query: Mapping[str, str] = attrs.field(factory=dict[str, str])
-    body: object = None
-    content_type: str = "application/json"
-
-    @property
-    def call(self) -> str:
-        return f"{self.verb} {self.path}"
 
 
 @asynccontextmanager
@@ -127,8 +106,8 @@ class KubeClient:
 
     async def get(self, resource: Resource, name: str, namespace: str | None = None) -> Object:
         """Return an object."""
-        path = _path(resource, namespace, name)
-        return await self._object(_Request(verb="get", method="GET", resource=resource, path=path))
+        path = path_of(resource, namespace, name)
+        return await self._object(Request(verb="get", method="GET", resource=resource, path=path))
 
     async def list(
         self,
@@ -146,7 +125,7 @@ class KubeClient:
         anew = False
         while True:
             query = selectors | {"limit": str(_PAGE)} | ({"continue": token} if token else {})
-            request = _Request(
+            request = Request(
                 verb="list",
                 method="GET",
                 resource=resource,
@@ -192,7 +171,7 @@ class KubeClient:
         }
         if resource_version:
             query["resourceVersion"] = resource_version
-        request = _Request(
+        request = Request(
             verb="watch",
             method="GET",
             resource=resource,
@@ -208,7 +187,7 @@ class KubeClient:
             if isinstance(found, Answer):
                 raise found.error()
             deadline = trio.current_time() + seconds + _WATCH_GRACE_S
-            yield _Events(request.call, exchange, found, deadline, self._watch_limiter)
+            yield WatchEvents(request.call, exchange, found, deadline, self._watch_limiter)
         finally:
             for response in opened:
                 response.close()
@@ -220,17 +199,17 @@ class KubeClient:
         """Create an object where its metadata say, or a part of one (``serviceaccounts/token``)."""
         namespace = text_at(obj, "metadata", "namespace") or None
         if subresource is None:
-            _check_namespace(resource, namespace)
+            check_namespace(resource, namespace)
             path = resource.path(namespace)
         else:
-            path = _path(resource, namespace, text_at(obj, "metadata", "name"), subresource)
+            path = path_of(resource, namespace, text_at(obj, "metadata", "name"), subresource)
         return await self._object(
-            _Request(
+            Request(
                 verb="create",
                 method="POST",
                 resource=resource,
                 path=path,
-                body=_complete(resource, obj),
+                body=complete(resource, obj),
             )
         )
 
@@ -239,12 +218,12 @@ class KubeClient:
     ) -> Object:
         """Replace an object. With a ``resourceVersion`` only if it is still that one (:class:`Conflict`)."""
         return await self._object(
-            _Request(
+            Request(
                 verb="update",
                 method="PUT",
                 resource=resource,
-                path=_own_path(resource, obj, subresource),
-                body=_complete(resource, obj),
+                path=own_path(resource, obj, subresource),
+                body=complete(resource, obj),
             )
         )
 
@@ -260,11 +239,11 @@ class KubeClient:
     ) -> Object:
         """Change an object."""
         return await self._object(
-            _Request(
+            Request(
                 verb="patch",
                 method="PATCH",
                 resource=resource,
-                path=_path(resource, namespace, name, subresource),
+                path=path_of(resource, namespace, name, subresource),
                 body=patch,
                 content_type=kind,
             )
@@ -282,13 +261,13 @@ class KubeClient:
         """Apply an object on the server's side: what *field_manager* said before and says no more, goes."""
         query = {"fieldManager": field_manager} | ({"force": "true"} if force else {})
         return await self._object(
-            _Request(
+            Request(
                 verb="patch",
                 method="PATCH",
                 resource=resource,
-                path=_own_path(resource, obj, subresource),
+                path=own_path(resource, obj, subresource),
                 query=query,
-                body=_complete(resource, obj),
+                body=complete(resource, obj),
                 content_type=Patch.APPLY,
             )
         )
@@ -308,23 +287,23 @@ class KubeClient:
         if uid or resource_version:
             options["preconditions"] = {key: value for key, value in conditions.items() if value}
         await self._object(
-            _Request(
+            Request(
                 verb="delete",
                 method="DELETE",
                 resource=resource,
-                path=_path(resource, namespace, name),
+                path=path_of(resource, namespace, name),
                 body=options,
             )
         )
 
-    async def _object(self, request: _Request) -> Object:
+    async def _object(self, request: Request) -> Object:
         exchange = Exchange()
         answer = await self._answer(request, partial(self._ask, exchange, request), exchange)
         return answer.object()
 
     async def _answer(
         self,
-        request: _Request,
+        request: Request,
         work: Callable[[Session], T | Answer | KubeError],
         exchange: Exchange,
     ) -> T | Answer:
@@ -351,7 +330,7 @@ class KubeClient:
                 return found
 
     async def _timed(
-        self, request: _Request, work: Callable[[], T | Answer | KubeError], exchange: Exchange
+        self, request: Request, work: Callable[[], T | Answer | KubeError], exchange: Exchange
     ) -> T | Answer:
         began = trio.current_time()
         name = f"kube {request.verb} {request.resource.plural}"
@@ -367,7 +346,7 @@ class KubeClient:
             raise found
         return found
 
-    async def _renew(self, request: _Request, session: Session) -> None:
+    async def _renew(self, request: Request, session: Session) -> None:
         try:
             await trio.to_thread.run_sync(self._sessions.renew, session, limiter=self._limiter)
         except ConfigError as error:
@@ -375,12 +354,12 @@ class KubeClient:
 
     # What follows runs in threads.
 
-    def _ask(self, exchange: Exchange, request: _Request, session: Session) -> Answer | KubeError:
+    def _ask(self, exchange: Exchange, request: Request, session: Session) -> Answer | KubeError:
         with exchange:
             try:
-                return _read(request.call, self._send(request, session))
-            except _TRANSPORT_ERRORS as error:
-                return _unavailable(request.call, error)
+                return read_answer(request.call, self._send(request, session))
+            except TRANSPORT_ERRORS as error:
+                return unavailable(request.call, error)
             finally:
                 exchange.finish()
 
@@ -388,7 +367,7 @@ class KubeClient:
         self,
         exchange: Exchange,
         opened: deque[BaseHTTPResponse],
-        request: _Request,
+        request: Request,
         session: Session,
     ) -> BaseHTTPResponse | Answer | KubeError:
         with exchange:
@@ -397,11 +376,11 @@ class KubeClient:
                 if response.status == 200:
                     opened.append(response)
                     return response
-                return _read(request.call, response)
-            except _TRANSPORT_ERRORS as error:
-                return _unavailable(request.call, error)
+                return read_answer(request.call, response)
+            except TRANSPORT_ERRORS as error:
+                return unavailable(request.call, error)
 
-    def _send(self, request: _Request, session: Session) -> BaseHTTPResponse:
+    def _send(self, request: Request, session: Session) -> BaseHTTPResponse:
         headers = {"Accept": "application/json", "User-Agent": self._user_agent}
         authorization = session.authorization()
         if authorization is not None:
@@ -424,78 +403,6 @@ class KubeClient:
         )
 
 
-class _Events:
-    """The events of a watch, as they come."""
-
-    def __init__(
-        self,
-        call: str,
-        exchange: Exchange,
-        response: BaseHTTPResponse,
-        deadline: float,
-        limiter: trio.CapacityLimiter,
-    ) -> None:
-        self._call = call
-        self._exchange = exchange
-        self._response = response
-        self._deadline = deadline
-        self._limiter = limiter
-        self._lines: deque[bytes] = deque()
-        self._rest = bytearray()
-
-    def __aiter__(self) -> AsyncIterator[WatchEvent]:
-        return self
-
-    async def __anext__(self) -> WatchEvent:
-        if self._lines:
-            await trio.lowlevel.checkpoint()
-        while not self._lines:
-            found: bytes | KubeError = KubeUnavailable(f"{self._call}: the watch does not end")
-            with trio.move_on_at(self._deadline):
-                found = await in_thread(self._exchange, self._read, "kube watch", self._limiter)
-            if isinstance(found, KubeError):
-                raise found
-            if not found:
-                if self._rest:
-                    raise KubeUnavailable(f"{self._call}: the watch ended within an event")
-                raise StopAsyncIteration
-            self._take(found)
-        return watch_event(self._call, self._lines.popleft())
-
-    def _take(self, data: bytes) -> None:
-        first, *others = data.split(b"\n")
-        self._rest += first
-        for piece in others:
-            if self._rest.strip():
-                self._lines.append(bytes(self._rest))
-            self._rest = bytearray(piece)
-        if len(self._rest) > _BODY_LIMIT:
-            raise KubeUnavailable(f"{self._call}: an event of more than {_BODY_LIMIT} bytes")
-
-    def _read(self) -> bytes | KubeError:
-        try:
-            return self._response.read1(_CHUNK)
-        except _TRANSPORT_ERRORS as error:
-            return _unavailable(self._call, error)
-
-
-def _read(call: str, response: BaseHTTPResponse) -> Answer | KubeError:
-    body = bytearray()
-    while chunk := response.read(_CHUNK):
-        body += chunk
-        if len(body) > _BODY_LIMIT:
-            response.close()
-            return KubeUnavailable(f"{call}: an answer of more than {_BODY_LIMIT} bytes")
-    response.release_conn()
-    return Answer(
-        call, response.status, bytes(body), retry_after(response.headers.get("Retry-After"))
-    )
-
-
-def _unavailable(call: str, error: Exception) -> KubeUnavailable:
-    return KubeUnavailable(f"{call}: {str(error) or type(error).__name__}")
-
-
 def _selectors(label_selector: str, field_selector: str) -> dict[str, str]:
     both = {"labelSelector": label_selector, "fieldSelector": field_selector}
     return {key: value for key, value in both.items() if value}
@@ -515,27 +422,3 @@ def _items(
         item.setdefault("apiVersion", resource.api_version)
         item.setdefault("kind", resource.kind)
     return items if keep is None else list(map(keep, items))
-
-
-def _complete(resource: Resource, obj: Object) -> Object:
-    return {"apiVersion": resource.api_version, "kind": resource.kind} | obj
-
-
-def _own_path(resource: Resource, obj: Object, subresource: str | None) -> str:
-    namespace = text_at(obj, "metadata", "namespace") or None
-    return _path(resource, namespace, text_at(obj, "metadata", "name"), subresource)
-
-
-def _path(
-    resource: Resource, namespace: str | None, name: str, subresource: str | None = None
-) -> str:
-    _check_namespace(resource, namespace)
-    # Without a name it would be the path of the collection: DELETE empties it.
-    if name in ("", ".", "..") or "/" in name:
-        raise Invalid(f"{resource.kind}: {name!r} is no name", status=400)
-    return resource.path(namespace, name, subresource)
-
-
-def _check_namespace(resource: Resource, namespace: str | None) -> None:
-    if resource.namespaced and (not namespace or namespace in (".", "..") or "/" in namespace):
-        raise Invalid(f"{resource.kind}: {namespace!r} is no namespace", status=400)
