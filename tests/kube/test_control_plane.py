@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import ssl
+import threading
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -244,3 +245,20 @@ def test_apiserver_hangs_stops_and_comes_back(managed: ControlPlane) -> None:
         assert client.get("/version").is_success
     assert managed.get("v1", "Namespace", namespace) is not None
     assert all(os.path.exists(f"/proc/{pid}") for pid in managed.pids().values())
+
+
+def test_it_works_at_once_after_a_restart_by_a_thread_that_ends(managed: ControlPlane) -> None:
+    before = managed.pids()
+
+    def restart() -> None:
+        managed.stop_apiserver()
+        managed.start_apiserver()
+
+    thread = threading.Thread(target=restart)
+    thread.start()
+    thread.join()
+    # The controllers look at new objects without a pause, and what the thread has started outlives it.
+    managed.create_namespace()
+    after = managed.pids()
+    assert after["etcd"] == before["etcd"]
+    assert not {after["kube-apiserver"], after["kube-controller-manager"]} & set(before.values())

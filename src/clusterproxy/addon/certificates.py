@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import attrs
@@ -28,6 +29,8 @@ from clusterproxy.errors import ClusterProxyError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 _E = TypeVar("_E", bound=x509.ExtensionType)
 
@@ -212,6 +215,12 @@ def load_authority(
     return authority
 
 
+@lru_cache(maxsize=32)
+def _private_key(pem: bytes) -> PrivateKeyTypes:
+    # Checking one takes 40 ms, and the same few are looked at again and again.
+    return load_pem_private_key(pem, None)
+
+
 def _load_authority_key(pem: bytes, name: str) -> rsa.RSAPrivateKey:
     if not pem.strip():
         raise CertificateError(name, "is missing")
@@ -222,7 +231,7 @@ def _load_authority_key(pem: bytes, name: str) -> rsa.RSAPrivateKey:
             "openssl pkcs8 -topk8 -nocrypt",
         )
     try:
-        key = load_pem_private_key(pem, None)
+        key = _private_key(pem)
     except _UNPARSABLE as error:
         raise CertificateError(name, f"cannot be read: {_first_line(error)}") from error
     if not isinstance(key, rsa.RSAPrivateKey):
@@ -415,7 +424,7 @@ def load_public_key(pem: bytes) -> object:
     if not pem.strip():
         raise CertificateError("tls.key", "is missing")
     try:
-        return load_pem_private_key(pem, None).public_key()
+        return _private_key(pem).public_key()
     except _UNPARSABLE as error:
         raise CertificateError("tls.key", f"cannot be read: {_first_line(error)}") from error
 

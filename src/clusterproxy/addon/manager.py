@@ -81,7 +81,7 @@ class Manager:
         )
 
     def _changed(self, name: str) -> None:
-        self._controller.enqueue(name)
+        self._controller.enqueue_after(name, self._reconciler.pause(name))
 
     def _all_changed(self) -> None:
         for _, name in self._configurations.items:

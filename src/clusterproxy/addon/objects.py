@@ -3,20 +3,49 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+import random
+from typing import TYPE_CHECKING, Final, TypeVar
 
-from clusterproxy.errors import NotFound
+import trio
+
+from clusterproxy.errors import AlreadyExists, Conflict, KubeUnavailable, NotFound
 
 from .contention import differences, last_writer
 from .drift import Recreate, merge
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from clusterproxy.kube.api import KubeApi
     from clusterproxy.kube.resource import Object, Resource
 
     from .contention import Contention
 
 _log = logging.getLogger("clusterproxy.addon")
+
+T = TypeVar("T")
+
+#: What goes away by itself: the next attempt sees what there is then.
+PASSING: Final = (Conflict, AlreadyExists, KubeUnavailable)
+
+_PAUSES_S: Final = (0.05, 0.2, 0.8)
+
+
+async def patiently(step: Callable[[], Awaitable[T]]) -> T:
+    """Take a step that may begin anew at any time; if what is in its way passes, up to four times.
+
+    Of the many steps that bring everything in line, at a troubled apiserver some always fail.
+
+    Raises:
+      KubeError: the step's last one.
+    """
+    for pause in _PAUSES_S:
+        try:
+            return await step()
+        except PASSING as error:
+            _log.debug("trying again: %s", error)
+        await trio.sleep(pause * random.uniform(0.75, 1.25))  # noqa: S311
+    return await step()
 
 
 async def find(

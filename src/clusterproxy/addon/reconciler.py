@@ -11,9 +11,10 @@ import contextlib
 import logging
 from collections import Counter
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from clusterproxy.errors import AlreadyExists, Conflict, KubeError, KubeUnavailable
+from clusterproxy.errors import AlreadyExists, KubeError
 from clusterproxy.kube.resource import (
     DEPLOYMENTS,
     MANAGED_PROXY_CONFIGURATIONS,
@@ -39,7 +40,7 @@ from .configuration import (
 from .contention import ConflictingWriter, Contention
 from .hub_objects import hub_objects, load_balancer, owner_reference, wanted_leaves
 from .leaves import ensure_leaf, secret_data
-from .objects import ensure, find
+from .objects import PASSING, ensure, find, patiently
 from .provided import why_unusable
 from .signer import SignerInvalid
 
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
     from clusterproxy.kube.api import KubeApi
     from clusterproxy.kube.events import EventRecorder
-    from clusterproxy.kube.resource import Object
+    from clusterproxy.kube.resource import Object, Resource
     from clusterproxy.telemetry.controller_metrics import ControllerMetrics
 
     from .certificates import Leaf
@@ -62,8 +63,10 @@ _log = logging.getLogger("clusterproxy.addon")
 #: Even if nothing is told to have changed, each configuration is looked at so often: certificates age.
 RESYNC_S: Final = 600.0
 
-# What comes and goes by itself is told of when it has not gone after so many attempts, which is after some seconds.
-_PATIENCE: Final = 10
+# What goes away by itself is told of when it has not after so many attempts, which is after some seconds.
+_PATIENCE: Final = 5
+
+_CONTENDED_S: Final = 1.0
 
 # The configuration that owns the CA's secret, and by which its rotation goes.
 _MAIN: Final = "cluster-proxy"
@@ -135,6 +138,12 @@ class ConfigurationReconciler:
         # By configuration: two that want different things of one object are a conflict, too.
         self._contentions: dict[str, Contention] = {}
         self._failures: Counter[str] = Counter()
+        self._contended: set[str] = set()
+
+    def pause(self, name: str) -> float:
+        """Return in how many seconds a configuration is to be looked at when something that it owns has changed."""
+        # Whoever changes things back all the time would have it looked at all the time.
+        return _CONTENDED_S if name in self._contended else 0.0
 
     async def reconcile(self, name: str) -> float | None:
         """Make everything be as a configuration says; return seconds until it is to be looked at again.
@@ -142,10 +151,11 @@ class ConfigurationReconciler:
         Raises:
           KubeError: what the apiserver says; it stands in the configuration's conditions, too, if that can be written.
         """
-        live = await find(self._api, MANAGED_PROXY_CONFIGURATIONS, name)
+        live = await self._find(MANAGED_PROXY_CONFIGURATIONS, name)
         if live is None:
             self._owned.forget(name)
             self._contentions.pop(name, None)
+            self._contended.discard(name)
             del self._failures[name]
             return None
         if value_at(live, "metadata", "deletionTimestamp"):
@@ -161,8 +171,7 @@ class ConfigurationReconciler:
             again = RESYNC_S
         except KubeError as error:
             self._failures[name] += 1
-            passing = isinstance(error, Conflict | AlreadyExists | KubeUnavailable)
-            if not passing or self._failures[name] >= _PATIENCE:
+            if not isinstance(error, PASSING) or self._failures[name] >= _PATIENCE:
                 reason = error.reason or "ApiserverError"
                 conditions.note(RECONCILED, False, reason, error.message)
                 self._events.note(live, "Warning", reason, error.message)
@@ -175,7 +184,9 @@ class ConfigurationReconciler:
                 conditions.note(RECONCILED, False, "ConflictingWriter", message)
                 self._events.note(live, "Warning", "ConflictingWriter", message)
                 again = min(again, *(each.seconds for each in conditions.contended))
+                self._contended.add(name)
             else:
+                self._contended.discard(name)
                 conditions.note(RECONCILED, True, "Reconciled", "all is as configured")
         await self._report(live, conditions)
         del self._failures[name]
@@ -230,7 +241,7 @@ class ConfigurationReconciler:
         return configuration
 
     async def _ensure_namespace(self, namespace: str) -> None:
-        if await find(self._api, NAMESPACES, namespace) is None:
+        if await self._find(NAMESPACES, namespace) is None:
             try:
                 await self._api.create(
                     NAMESPACES,
@@ -249,7 +260,7 @@ class ConfigurationReconciler:
             conditions.note(ENTRYPOINT, True, "NotNeeded", f"the entrypoint is {entrypoint.type}")
             return ""
         namespace, name = configuration.proxy_server.namespace, entrypoint.load_balancer_name
-        service = await find(self._api, SERVICES, name, namespace)
+        service = await self._find(SERVICES, name, namespace)
         if service is None:
             wanted, problems = load_balancer(configuration)
             for problem in problems:
@@ -271,7 +282,7 @@ class ConfigurationReconciler:
         """Return the owner of CA and certificates: the configuration ``cluster-proxy``, whoever they are for."""
         if configuration.name == _MAIN:
             return owner_reference(configuration)
-        main = await find(self._api, MANAGED_PROXY_CONFIGURATIONS, _MAIN)
+        main = await self._find(MANAGED_PROXY_CONFIGURATIONS, _MAIN)
         if main is None:
             return None
         return {
@@ -292,33 +303,37 @@ class ConfigurationReconciler:
         conditions: Conditions,
     ) -> bytes:
         try:
-            state = await self._signer.state(owner, now)
+            state = await patiently(partial(self._signer.state, owner, now))
         except SignerInvalid as error:
             raise Blocked(_SERVER_SIGNED, "SignerInvalid", str(error)) from error
         if state.authority.expired(now):
             # The rotation replaces it at once.
-            end = go_time(state.authority.certificate.not_valid_after_utc)
+            expired = go_time(state.authority.certificate.not_valid_after_utc)
             await self._signer.advance(now, bundle_delivered=True, previous_unused=True)
             self._events.note(
                 live,
                 "Warning",
                 "CAExpired",
-                f"the certificate authority in Secret {self._signer.namespace}/{self._signer.name} expired at {end} and "
+                f"the certificate authority in Secret {self._signer.namespace}/{self._signer.name} expired at {expired} and "
                 "was replaced: whoever has an older ca.crt needs the new one",
             )
             state = await self._signer.state(owner, now)
         namespace = configuration.proxy_server.namespace
+        contention = self._contention(configuration)
         for name, leaf in leaves.items():
             try:
-                end, issued = await ensure_leaf(
-                    self._api,
-                    namespace,
-                    name,
-                    leaf,
-                    state.authority,
-                    owner=owner,
-                    now=now,
-                    contention=self._contention(configuration),
+                end, issued = await patiently(
+                    partial(
+                        ensure_leaf,
+                        self._api,
+                        namespace,
+                        name,
+                        leaf,
+                        state.authority,
+                        owner=owner,
+                        now=now,
+                        contention=contention,
+                    )
                 )
             except ConflictingWriter as error:
                 kind = _condition_of(configuration, name)
@@ -342,7 +357,7 @@ class ConfigurationReconciler:
         conditions: Conditions,
     ) -> bytes:
         namespace = configuration.proxy_server.namespace
-        secret = await find(self._api, SECRETS, PROXY_SERVER_CA_SECRET, namespace)
+        secret = await self._find(SECRETS, PROXY_SERVER_CA_SECRET, namespace)
         bundle = secret_data(secret or {}).get("ca.crt", b"")
         try:
             trusted = load_certificates(bundle, "ca.crt")
@@ -354,7 +369,7 @@ class ConfigurationReconciler:
             ) from error
         problems: list[str] = []
         for name, leaf in leaves.items():
-            secret = await find(self._api, SECRETS, name, namespace)
+            secret = await self._find(SECRETS, name, namespace)
             data = secret_data(secret or {})
             problem = "is not there" if secret is None else why_unusable(data, leaf, trusted, now)
             if problem is None:
@@ -385,6 +400,7 @@ class ConfigurationReconciler:
         self, configuration: ProxyConfiguration, live: Object, bundle: bytes, conditions: Conditions
     ) -> None:
         profile, _ = self._tls()
+        contention = self._contention(configuration)
         for resource, rendered in hub_objects(
             configuration,
             bundle,
@@ -396,8 +412,8 @@ class ConfigurationReconciler:
             if provided and rendered["metadata"]["name"] == PROXY_SERVER_CA_SECRET:
                 continue
             try:
-                present = await ensure(
-                    self._api, resource, rendered, self._contention(configuration)
+                present = await patiently(
+                    partial(ensure, self._api, resource, rendered, contention)
                 )
             except ConflictingWriter as error:
                 conditions.contended.append(error)
@@ -407,6 +423,11 @@ class ConfigurationReconciler:
             if resource is DEPLOYMENTS:
                 replicas = value_at(present, "status", "replicas") or 0
                 conditions.note(DEPLOYED, True, "SuccessfullyDeployed", f"Replicas: {replicas}")
+
+    async def _find(
+        self, resource: Resource, name: str, namespace: str | None = None
+    ) -> Object | None:
+        return await patiently(partial(find, self._api, resource, name, namespace))
 
     def _contention(self, configuration: ProxyConfiguration) -> Contention:
         return self._contentions.setdefault(configuration.name, Contention())
