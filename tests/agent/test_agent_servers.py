@@ -12,7 +12,7 @@ import pytest
 import trio
 from harness import agent_state, settle, value, values
 
-from clusterproxy.agent.servers import Servers
+from clusterproxy.agent.servers import Servers, _Departure
 from clusterproxy.agent.session import HandshakeError
 from clusterproxy.grpc import Status
 
@@ -442,15 +442,74 @@ async def test_a_server_leaves_while_another_is_away(autojump_clock: MockClock) 
 
 
 async def test_a_server_that_sends_everybody_away(autojump_clock: MockClock) -> None:
-    """It is asked once in each interval, not without end."""
-    async with syncing({"lb": ["A"]}) as (_, dialer, servers):
+    """It counts as one that is away: it is tried less and less, and as ever when it keeps somebody."""
+    async with syncing({"lb": ["A"]}) as (state, dialer, servers):
         await trio.sleep(4.5)
         dialer.sends_away = True
         dialer.opened[0].leave()
-        await trio.sleep(5.2)
-        assert dialer.times == pytest.approx([0, 4.5, 5.5, 6.5, 7.5, 8.5, 9.5])
+        await trio.sleep(60)
+        pauses = [b - a for a, b in zip(dialer.times[1:], dialer.times[2:], strict=False)]
+        expected = [1, 1.5, 2.25, 3.375, 5.0625, 7.59375, 10, 10, 10]
+        assert dialer.times[:2] == [0, 4.5]
+        assert pauses[: len(expected)] == pytest.approx(expected, abs=0.01)
         assert not is_connected(servers)
-        assert len(servers._leaving) == 7
+        assert not values(state.metrics.server_connection_failure_count)
+        dialer.sends_away = False
+        await trio.sleep(12)
+        assert is_connected(servers)
+        begin = len(dialer.times)
+        await trio.sleep(5)
+        dialer.sends_away = True
+        dialer.opened[-1].leave()
+        await trio.sleep(3)
+        again = dialer.times[begin:]
+        assert [b - again[0] for b in again[1:]] == pytest.approx([1, 2.5], abs=0.01)
+
+
+async def test_a_server_that_leaves_in_the_moment_after_the_greeting(
+    autojump_clock: MockClock,
+) -> None:
+    async with syncing({"lb": ["A"]}) as (_, dialer, _servers):
+        while trio.current_time() < 9:
+            opened = len(dialer.opened)
+            dialer.opened[-1].leave()
+            while len(dialer.opened) == opened:  # noqa: ASYNC110  nothing tells of it
+                await trio.sleep(0.01)
+        assert dialer.times == pytest.approx([0, 1, 2.5, 4.75, 8.125, 13.1875], abs=0.1)
+
+
+async def test_sessions_that_leave_are_bounded(autojump_clock: MockClock) -> None:
+    """An idle one makes room; if none is, the address is left alone, and no other one."""
+    plan: dict[str, list[str | Exception]] = {"lb": ["A"], "other": ["B"]}
+    async with syncing(plan) as (state, dialer, servers):
+        await trio.sleep(5)
+        assert set(servers.sessions) == {"A", "B"}
+        sessions = dialer.opened
+        sessions[0].busy = True
+        for _ in range(30):
+            servers.sessions["A"].leave()  # type: ignore[attr-defined]
+            await trio.sleep(5)
+        # The one that is in use and the youngest ones.
+        left = [session for session in sessions if session.leaving]
+        assert list(map(id, servers._leaving)) == list(map(id, [left[0], *left[-15:]]))
+        assert dialer.closed == ["A"] * 14
+        assert value(state.metrics.open_server_connections) == 18
+        for session in sessions:
+            session.busy = True
+        servers.sessions["A"].leave()  # type: ignore[attr-defined]
+        before = len(dialer.attempts)
+        await trio.sleep(60)
+        assert len(dialer.attempts) == before
+        assert set(servers.sessions) == {"B"}
+        dialer.plan["other"] = ["C"]
+        sessions[1].over.set()
+        await trio.sleep(2)
+        assert set(servers.sessions) == {"C"}
+        # Somebody is done: there is room again.
+        left[0].busy = False
+        await trio.sleep(2)
+        assert set(servers.sessions) == {"A", "C"}
+        assert len(servers._leaving) == 17
 
 
 async def test_a_word_of_a_session_that_is_over(autojump_clock: MockClock) -> None:
@@ -521,5 +580,6 @@ async def test_drain_tells_sessions_that_are_being_opened(autojump_clock: MockCl
         assert len(dialer.attempts) == 1
     async with syncing({"lb": ["A"]}) as (_, dialer, servers):
         servers.draining = True
-        servers._add(FakeSession("B", 1))  # type: ignore[arg-type]
+        departure = _Departure(("lb", 1), trio.CancelScope())
+        servers._add(FakeSession("B", 1), departure)  # type: ignore[arg-type]
         assert servers.sessions.pop("B").drained == 1  # type: ignore[attr-defined]

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import re
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
-from cryptography.hazmat.primitives import serialization
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import NameOID
 
-from clusterproxy.addon.certificates import Leaf, Usage, issue, load_authority, new_authority
+from clusterproxy.addon.certificates import (
+    Leaf,
+    Usage,
+    issue,
+    load_authority,
+    new_authority,
+    new_key,
+)
 from kube.control_plane import eventually
 from kube.installation import ACCOUNT, PREFIX, RBAC, Installation, installed, sans
 
@@ -340,6 +352,182 @@ def test_certificates_are_issued_anew_when_they_must_be(manager: Installation) -
     assert after["Secret proxy-server"] == versions["Secret proxy-server"]
 
 
+# -- rotation of the authority ---------------------------------------------------------------------
+
+
+def annotate(manager: Installation, **annotations: str) -> None:
+    """Write annotations of the authority's secret; underscores stand for hyphens."""
+    manager.plane.patch(
+        manager.get("v1", "Secret", "cluster-proxy-signer"),
+        {
+            "metadata": {
+                "annotations": {
+                    PREFIX + key.replace("_", "-"): value for key, value in annotations.items()
+                }
+            }
+        },
+    )
+
+
+def asked_for(told: Object) -> str:
+    """Return the value that a condition asks an administrator to write."""
+    found: str = told["message"].rpartition("=")[2]
+    return found
+
+
+def await_rotation(manager: Installation, reason: str, *, message: str = "") -> Object:
+    def there() -> Object | None:
+        found = manager.condition("CARotation")
+        good = found and found["reason"] == reason and message in found["message"]
+        return found if good else None
+
+    return eventually(there, f"CARotation is {reason}: {manager.condition('CARotation')}")
+
+
+def test_a_rotation_waits_until_agents_have_the_authority(manager: Installation) -> None:
+    manager.configure()
+    manager.start()
+    manager.await_reconciled()
+    old = manager.secret("cluster-proxy-signer")["ca.crt"]
+    assert manager.condition("CARotation") is None
+    # What cannot be read is told, if there is nothing else to be told, too.
+    annotate(manager, ca_overlap="soon")
+    told = await_rotation(manager, "InvalidAnnotation", message='"soon"')
+    assert told["status"] == "False"
+    annotate(manager, ca_overlap="0s")
+    eventually(lambda: manager.condition("CARotation") is None, "it is told no more")
+
+    annotate(manager, rotate_ca="1")
+    told = await_rotation(manager, "AwaitingDelivery")
+    assert told["status"] == "False"
+    bundle = manager.secret("proxy-server-ca")["ca.crt"]
+    assert bundle.startswith(old)
+    assert asked_for(told) == hashlib.sha256(bundle).hexdigest()[:16]
+    command = f"kubectl -n {manager.namespace} annotate secret cluster-proxy-signer --overwrite"
+    assert f"{command} {PREFIX}ca-delivered=" in told["message"]
+    # It is no matter of time, and nothing is written meanwhile.
+    manager.settle()
+    annotate(manager, ca_delivered="something else")
+    manager.settle()
+    assert manager.secret("cluster-proxy-signer")["ca.crt"] == old
+    manager.await_reconciled()
+    event = next(
+        event
+        for event in manager.plane.list("v1", "Event")
+        if event["reason"] == "CARotation" and event["message"] == told["message"]
+    )
+    assert event["type"] == "Warning"
+
+    annotate(manager, ca_delivered=asked_for(told))
+    told = await_rotation(manager, "Retiring")
+    assert told["status"] == "True"
+    middle = manager.secret("cluster-proxy-signer")
+    assert middle["previous-ca.crt"] == old
+    authority = load_authority(middle["ca.crt"], middle["ca.key"])
+    for name in ("proxy-server", "agent-server", "proxy-client"):
+        manager.certificate(name).verify_directly_issued_by(authority.certificate)
+    manager.settle()
+
+    # Another one can be asked for at once.
+    annotate(manager, rotate_ca="2")
+    told = await_rotation(manager, "AwaitingDelivery")
+    bundle = manager.secret("proxy-server-ca")["ca.crt"]
+    assert bundle.count(b"BEGIN CERTIFICATE") == 3
+    annotate(manager, ca_delivered=asked_for(told))
+    told = await_rotation(manager, "Retiring")
+    signer = manager.secret("cluster-proxy-signer")
+    assert signer["previous-ca.crt"] == middle["ca.crt"] + old
+    assert f"{PREFIX}ca-retire=" in told["message"]
+    annotate(manager, ca_retire=asked_for(told))
+    eventually(lambda: manager.condition("CARotation") is None, "the rotation is over")
+    assert set(manager.secret("cluster-proxy-signer")) == {"ca.crt", "ca.key"}
+    assert manager.secret("proxy-server-ca")["ca.crt"] == signer["ca.crt"]
+    manager.settle()
+
+
+def test_a_rotation_waits_for_all_configurations(manager: Installation) -> None:
+    manager.plane.apply(
+        {
+            "apiVersion": RBAC,
+            "kind": "ClusterRoleBinding",
+            "metadata": {"name": f"all:{manager.namespace}"},
+            "roleRef": {
+                "apiGroup": "rbac.authorization.k8s.io",
+                "kind": "ClusterRole",
+                "name": "cluster-admin",
+            },
+            "subjects": [
+                {"kind": "ServiceAccount", "name": ACCOUNT, "namespace": manager.namespace}
+            ],
+        }
+    )
+    another = manager.plane.create_namespace()
+    manager.configure()
+    entrypoint = {"type": "LoadBalancerService", "loadBalancerService": {"name": "entry"}}
+    manager.configure("another", proxyServer={"namespace": another, "entrypoint": entrypoint})
+    manager.start()
+    manager.await_reconciled()
+    old = manager.secret("cluster-proxy-signer")["ca.crt"]
+    annotate(manager, ca_overlap="0s", rotate_ca="1")
+    told = await_rotation(manager, "AwaitingHub", message=f"Secret {another}/proxy-server-ca")
+    assert told["status"] == "True"
+    bundle = eventually(
+        lambda: next(
+            (
+                found
+                for found in [manager.secret("proxy-server-ca")["ca.crt"]]
+                if found.count(b"BEGIN CERTIFICATE") == 2
+            ),
+            None,
+        ),
+        "both are trusted",
+    )
+    # Agents have it, and not all of the hub.
+    annotate(manager, ca_delivered=hashlib.sha256(bundle).hexdigest()[:16])
+    manager.settle()
+    assert manager.secret("cluster-proxy-signer")["ca.crt"] == old
+    service = manager.get("v1", "Service", "entry", another)
+    manager.plane.patch(
+        service,
+        {"status": {"loadBalancer": {"ingress": [{"ip": "192.0.2.1"}]}}},
+        subresource="status",
+    )
+    manager.await_reconciled("another")
+    await_rotation(manager, "Retiring")
+    assert manager.secret("cluster-proxy-signer")["ca.crt"] != old
+
+
+def test_somebodys_authority_is_not_replaced_when_it_has_expired(manager: Installation) -> None:
+    key = new_key()
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Example Corp")])
+    begin = datetime.now(UTC) - timedelta(days=2)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(begin)
+        .not_valid_after(begin + timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    data = {
+        "ca.crt": certificate.public_bytes(serialization.Encoding.PEM),
+        "ca.key": _pem(key, serialization.PrivateFormat.PKCS8),
+    }
+    put_secret(manager, "cluster-proxy-signer", data)
+    manager.configure()
+    manager.start()
+    told = manager.await_condition("ProxyServerSecretSigned", "False", message="expired at")
+    assert told["reason"] == "SignerInvalid"
+    manager.settle()
+    assert manager.secret("cluster-proxy-signer") == data
+    annotate(manager, rotate_ca="please")
+    manager.await_reconciled()
+    assert manager.secret("cluster-proxy-signer")["ca.crt"] != data["ca.crt"]
+
+
 # -- B10, B11 --------------------------------------------------------------------------------------
 
 
@@ -561,7 +749,64 @@ def test_provided_certificates(manager: Installation) -> None:
     told = manager.await_condition("AgentServerSecretSigned", "False")
     assert "is not for 127.0.0.1" in told["message"]
     assert manager.secret("agent-server")["tls.crt"] == crt
-    assert manager.settle()["Deployment cluster-proxy"] == before["Deployment cluster-proxy"]
+    after = manager.settle()
+    assert after["Deployment cluster-proxy"] == before["Deployment cluster-proxy"]
+    # What does not depend on it is done.
+    spec: dict[str, Any] = {
+        "authentication": {"signer": {"type": "Provided"}, "dump": {"secrets": {}}},
+        "proxyServer": {"replicas": 2},
+    }
+    manager.configure("cluster-proxy", **spec)
+    eventually(lambda: manager.deployment()["spec"]["replicas"] == 2, "it goes on deploying")
+    manager.await_condition("ConfigurationValid", "False", message="is not for 127.0.0.1")
+    # Without it no pod can be started.
+    manager.plane.delete(manager.get("v1", "Secret", "agent-server"))
+    manager.await_condition("ConfigurationValid", "False", message="is not there")
+    spec["proxyServer"] = {"replicas": 3}
+    manager.configure("cluster-proxy", **spec)
+    manager.settle()
+    assert manager.deployment()["spec"]["replicas"] == 2
+    # One that ends soon is good, and that it does is told once.
+    old = new_authority(now - timedelta(days=400), private_key=authority.private_key)
+    leaf = Leaf(name="x", hosts=hosts, usage=Usage.SERVER)
+    crt, key = issue(old, leaf, now - timedelta(days=150))
+    put_secret(manager, "agent-server", {"tls.crt": crt, "tls.key": key}, "kubernetes.io/tls")
+    manager.await_condition("AgentServerSecretSigned", message="80% of its life is over")
+    manager.await_reconciled()
+    eventually(lambda: manager.deployment()["spec"]["replicas"] == 3, "all is well")
+    manager.settle()
+    manager.plane.patch(manager.configuration(), {"metadata": {"annotations": {"touched": "yes"}}})
+    manager.settle()
+    [event] = [
+        event
+        for event in manager.plane.list("v1", "Event")
+        if event["reason"] == "CertificateExpiring"
+        and f"{manager.namespace}/agent-server" in event["message"]
+    ]
+    assert event["count"] == 1
+
+
+def test_metrics_are_of_the_certificates_that_are_wanted(manager: Installation) -> None:
+    address = "127.66.0.1:18080"
+    manager.configure(userServer={})
+    manager.start(f"--metrics-bind-address={address}")
+    manager.await_reconciled()
+
+    def measured() -> set[str]:
+        text = httpx.get(f"http://{address}/metrics").text
+        return set(re.findall('secret_certificate_expiry_seconds{.*secret="(.*)"}', text))
+
+    user = "cluster-proxy-user-serving-cert"
+    assert measured() == {"proxy-server", "agent-server", "proxy-client", user}
+    secrets = {"signingProxyServerSecretName": "renamed"}
+    manager.plane.patch(
+        manager.configuration(),
+        {"spec": {"userServer": None, "authentication": {"dump": {"secrets": secrets}}}},
+    )
+    wanted = {"renamed", "agent-server", "proxy-client"}
+    eventually(lambda: measured() == wanted, "those that are not wanted are gone")
+    manager.plane.delete(manager.configuration())
+    eventually(lambda: measured() == set(), "all are gone")
 
 
 # -- deletion, steady state, restarts --------------------------------------------------------------

@@ -592,13 +592,19 @@ def test_a_namespace_without_rights_and_one_that_ends(manager: Installation) -> 
     assert manager.running
 
 
-def test_what_cannot_be_changed_is_made_anew(manager: Installation) -> None:
+def unchangeable(manager: Installation, owner: Object | None) -> Object:
+    """Put objects under our names that cannot be changed to ours; return the Deployment."""
     labels = {"app": "another"}
-    [foreign] = manager.plane.apply(
+    owners = [] if owner is None else [owner]
+    [deployment] = manager.plane.apply(
         {
             "apiVersion": "apps/v1",
             "kind": "Deployment",
-            "metadata": {"name": "cluster-proxy", "namespace": manager.namespace},
+            "metadata": {
+                "name": "cluster-proxy",
+                "namespace": manager.namespace,
+                "ownerReferences": owners,
+            },
             "spec": {
                 "replicas": 0,
                 "selector": {"matchLabels": labels},
@@ -609,17 +615,127 @@ def test_what_cannot_be_changed_is_made_anew(manager: Installation) -> None:
             },
         }
     )
+    return deployment
+
+
+def test_what_cannot_be_changed_is_made_anew(manager: Installation) -> None:
+    live = manager.configure()
+    owner = {
+        "apiVersion": live["apiVersion"],
+        "kind": live["kind"],
+        "name": "cluster-proxy",
+        "uid": live["metadata"]["uid"],
+    }
+    old = unchangeable(manager, owner)
     bad = {"tls.crt": b"rubbish", "tls.key": b"rubbish"}
     put_secret(manager, "proxy-server", bad, TLS, immutable=True)
-    put_secret(manager, "proxy-server-ca", {"ca.crt": b"rubbish"}, immutable=True)
-    manager.configure()
+    [secret] = manager.plane.apply(
+        {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": {
+                "name": "proxy-server-ca",
+                "namespace": manager.namespace,
+                "ownerReferences": [owner],
+            },
+            "data": {"ca.crt": "cnViYmlzaA=="},
+            "immutable": True,
+        }
+    )
     manager.start()
     manager.await_reconciled()
     deployment = manager.deployment()
-    assert deployment["metadata"]["uid"] != foreign["metadata"]["uid"]
+    assert deployment["metadata"]["uid"] != old["metadata"]["uid"]
+    assert (
+        manager.get("v1", "Secret", "proxy-server-ca")["metadata"]["uid"]
+        != secret["metadata"]["uid"]
+    )
     [container] = deployment["spec"]["template"]["spec"]["containers"]
     assert container["name"] == "proxy-server"
     assert_all_from(manager, manager.secret("cluster-proxy-signer")["ca.crt"])
+
+
+def test_what_is_somebody_elses_is_not_deleted(manager: Installation) -> None:
+    foreign = unchangeable(manager, None)
+    put_secret(manager, "proxy-client", {"password": b"secret"}, "Opaque")
+    manager.configure()
+    manager.start()
+    told = manager.await_condition("Reconciled", "False", message="proxy-client")
+    assert told["reason"] == "NameTaken"
+    assert manager.secret("proxy-client") == {"password": b"secret"}
+    manager.plane.delete(manager.get("v1", "Secret", "proxy-client"))
+    told = manager.await_condition("Reconciled", "False", message="Deployment")
+    assert "spec.selector" in told["message"]
+    assert manager.deployment()["metadata"]["uid"] == foreign["metadata"]["uid"]
+    manager.plane.delete(manager.deployment())
+    manager.await_reconciled()
+    assert manager.container()["name"] == "proxy-server"
+
+
+def test_a_service_of_the_load_balancers_name_is_told(manager: Installation) -> None:
+    manager.plane.apply(
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": "proxy-agent-entrypoint", "namespace": manager.namespace},
+            "spec": {"ports": [{"port": 80}], "selector": {"app": "another"}},
+        }
+    )
+    manager.configure(
+        proxyServer={"entrypoint": {"type": "LoadBalancerService", "loadBalancerService": {}}}
+    )
+    manager.start()
+    told = manager.await_condition(
+        "EntrypointProvisioned", "False", message="is not a load balancer"
+    )
+    assert told["reason"] == "NameTaken"
+    manager.plane.delete(manager.get("v1", "Service", "proxy-agent-entrypoint"))
+    manager.await_condition("EntrypointProvisioned", "False", message="not yet provisioned")
+
+
+def test_a_second_configuration_for_the_namespace_is_told(manager: Installation) -> None:
+    manager.configure()
+    manager.start()
+    manager.await_reconciled()
+    before = manager.settle()
+    manager.configure("second")
+    told = manager.await_condition("ConfigurationValid", "False", name="second")
+    assert told["reason"] == "NamespaceTaken"
+    after = manager.settle()
+    for name, version in before.items():
+        if not name.startswith(("configuration", "Event")):
+            assert after[name] == version, name
+
+
+def test_a_profile_that_cannot_be_read_changes_nothing(manager: Installation) -> None:
+    profile = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "ocm-tls-profile", "namespace": manager.namespace},
+        "data": {"minTLSVersion": "VersionTLS13"},
+    }
+    manager.plane.apply(profile)
+    manager.configure()
+    manager.start()
+    manager.await_reconciled()
+    assert manager.stop() == 0
+    manager.plane.apply({**profile, "data": {"minTLSVersion": "tls1.3"}})
+    manager.start()
+    manager.await_condition("ConfigurationValid", "False", message="minTLSVersion")
+    manager.configure(proxyServer={"additionalArgs": ["--v=1"]})
+    eventually(lambda: "--v=1" in manager.container()["args"], "other changes are made")
+    assert manager.container()["args"][-1] == "--tls-min-version=VersionTLS13"
+    # Without the right to read it: the same, and it is told.
+    assert manager.stop() == 0
+    role = manager.get(RBAC, "Role", "open-cluster-management:cluster-proxy:addon-manager")
+    less = [rule for rule in role["rules"] if rule["resources"] != ["configmaps"]]
+    manager.plane.patch(role, {"rules": less})
+    manager.start()
+    manager.await_condition("ConfigurationValid", "False", message="cannot be read")
+    assert manager.container()["args"][-1] == "--tls-min-version=VersionTLS13"
+    manager.plane.patch(role, {"rules": role["rules"]})
+    manager.plane.apply(profile)
+    manager.await_condition("ConfigurationValid")
 
 
 def test_status_that_others_write_at_the_same_time(manager: Installation) -> None:

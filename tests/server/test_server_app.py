@@ -23,7 +23,7 @@ from clusterproxy.errors import ConfigError, KubeUnavailable
 from clusterproxy.http2.connection import Http2Connection
 from clusterproxy.http2.limits import Http2Limits
 from clusterproxy.rpc.channel import start_call
-from clusterproxy.server import app
+from clusterproxy.server import app, review_queue
 from clusterproxy.server.config import ServerConfig
 from clusterproxy.transport.listener import listen_tcp
 from clusterproxy.transport.stream import Transport, tune
@@ -95,16 +95,19 @@ class Program:
         key = str(self.directory / f"{pair}.key") if pair else None
         return client_context(ca=str(self.directory / "ca.crt"), cert=cert, key=key, alpn=alpn)
 
-    def socket(self, port: str) -> socket.socket:
-        sock = socket.create_connection(("127.0.0.1", self.ports[port]))
+    def socket(self, port: str, source: str = "127.0.0.1") -> socket.socket:
+        address = ("127.0.0.1", self.ports[port])
+        sock = socket.create_connection(address, source_address=(source, 0))
         sock.setblocking(False)
         # Nagle's delay is real time, which a jumping clock does not wait for.
         tune(sock, user_timeout=False)
         return sock
 
-    async def transport(self, port: str, alpn: list[str], **options: Any) -> Transport:
+    async def transport(
+        self, port: str, alpn: list[str], *, source: str = "127.0.0.1", **options: Any
+    ) -> Transport:
         context = self.context(alpn, **options)
-        transport = Transport(self.socket(port), context, server_hostname="127.0.0.1")
+        transport = Transport(self.socket(port, source), context, server_hostname="127.0.0.1")
         try:
             await transport.handshake()
         except BaseException:
@@ -481,7 +484,7 @@ async def test_graceful_shutdown(
         agent.send(dial_ok(1, dial.random))
         await settle()
         signal.raise_signal(signal.SIGINT)
-        await trio.sleep(10)
+        await trio.sleep(7)
         # Not ready, no new connections, but what is open goes on.
         assert await program.get("health-port", "/readyz") == (500, "shutting down")
         with pytest.raises(OSError, match="refused"):
@@ -653,12 +656,69 @@ async def test_a_go_agent_that_is_in_use(
         asked[0].send(CloseResponse("", 1))
         await trio.sleep(0.2)
         assert [agent.closed_with for agent in asked] == [("OK", ""), None, None]
-        # And after half of the grace at the latest.
-        await trio.sleep(7.2)
+        # And after a while, for new servers hold dials for 20 s only.
+        await trio.sleep(2.7)
         assert [agent.closed_with for agent in asked] == [("OK", ""), None, None]
         await trio.sleep(0.3)
         assert [agent.closed_with for agent in asked] == [("OK", "")] * 3
-        assert trio.current_time() == pytest.approx(12.7, abs=0.2)
+        assert trio.current_time() == pytest.approx(8.2, abs=0.2)
+
+
+@pytest.mark.parametrize(("grace_s", "patience_s"), [(600, 8), (10, 5)])
+async def test_patience_with_a_go_agent(
+    grace_s: float,
+    patience_s: float,
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    config["graceful_shutdown_timeout_s"] = grace_s
+    async with running(config, monkeypatch, tmp_path) as program:
+        agent, client = await program.agent(), await program.client()
+        client.send(DialRequest("tcp", "target:1", 7))
+        await agent.expect(DialRequest("tcp", "target:1", 7))
+        agent.send(dial_ok(1, 7))
+        await client.expect(dial_ok(1, 7))
+        signal.raise_signal(signal.SIGTERM)
+        await trio.sleep(patience_s - 0.2)
+        assert agent.closed_with is None
+        await trio.sleep(0.4)
+        assert agent.closed_with == ("OK", "")
+
+
+async def test_agents_that_come_during_the_farewell(
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    """Their connection was accepted before; they are sent on as well, each once."""
+    async with running(config, monkeypatch, tmp_path) as program:
+        await program.client()
+        early = await program.agent("early", extended=True)
+        assert program.server is not None
+        (connection,) = program.server.agents.connections
+        announced: list[float] = []
+        announce = connection.announce_end
+
+        def announce_end() -> None:
+            announced.append(trio.current_time())
+            announce()
+
+        monkeypatch.setattr(connection, "announce_end", announce_end)
+        transports = [await program.transport("agent-port", ["h2"]) for _ in range(2)]
+        await settle()
+        signal.raise_signal(signal.SIGTERM)
+        await trio.sleep(2)
+        assert early.connection.draining
+        assert len(announced) == 1
+        ours = await program.call(transports[0], CONNECT, {"agentid": ["a"], **offer()})
+        go = await program.call(transports[1], CONNECT, {"agentid": ["b"]})
+        await trio.sleep(0.2)
+        assert ours.connection.draining
+        assert ours.closed_with is None
+        assert go.closed_with == ("OK", "")
 
 
 async def test_a_client_that_does_not_answer_may_dial_yet(
@@ -760,6 +820,52 @@ async def test_agents_with_tokens(
         assert program.server is not None
         assert program.server.lease is None
     assert not kubernetes.open
+
+
+async def test_a_flood_of_tokens_keeps_nobody_else_out(
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    monkeypatch.setattr(review_queue, "_IN_FLIGHT", 1)
+    monkeypatch.setattr(review_queue, "_WAITING", 5)
+
+    def answer(verb: str, what: Any) -> Any:
+        return a_good_token(verb, what) if what["spec"]["token"] == GOOD else None
+
+    kubernetes = Kubernetes(monkeypatch, answer)
+    config |= TOKENS
+    async with running(config, monkeypatch, tmp_path) as program:
+        flood = [await program.agent(pair="", token=f"bad{n}") for n in range(10)]
+        agent = await program.agent(pair="", token=GOOD, source="127.0.0.2")
+        # Of the others the newest are left, which have a turn between them and the agent.
+        assert [n for n, peer in enumerate(flood) if peer.closed_with is None] == [0, 6, 7, 8, 9]
+        flood[0].hang_up()
+        await settle()
+        flood[9].hang_up()
+        assert (await agent.response())["serverid"] == ["server"]
+        asked = [review["spec"]["token"] for review in kubernetes.api.called("create")]
+        assert asked == ["bad0", "bad9", GOOD, "bad8"]
+        assert program.server is not None
+        assert len(program.server.agents.connections) == 9
+        await trio.sleep(30)
+        assert len(program.server.agents.connections) == 1
+        assert agent.closed_with is None
+
+
+async def test_connections_of_agents_with_certificates_may_be_silent(
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    async with running(config, monkeypatch, tmp_path) as program:
+        transport = await program.transport("agent-port", ["h2"])
+        peer = await program.call(transport, "/Nothing/Known")
+        assert (await peer.status())[0] == "Unimplemented"
+        await trio.sleep(60)
+        assert peer.connection.lost is None
 
 
 async def test_a_lease_for_as_long_as_the_server_is_there_for_new_agents(

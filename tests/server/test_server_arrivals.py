@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from harness import ServerWorld
     from trio.testing import MockClock
 
+    from clusterproxy.server.backend import Backend
+
 HOSTS = {"proxy_strategies": ("destHost",), "agent_arrival_timeout_s": 10.0}
 REQUEST = b"CONNECT %s:443 HTTP/1.1\r\nHost: h\r\n\r\n"
 NO_AGENT = DialResponse(error="No agent available", random=1)
@@ -104,7 +106,7 @@ async def test_the_client_takes_it_back_in_the_moment_in_which_the_agent_comes(
         pool = server.state.pool
         (backend,) = pool.backends
         pool._strategies[0]._table["one"] = {"b": [backend]}
-        server.state.arrivals._look()
+        server.state.arrivals._waiting["one"].unpark_all()
         frontend_dials.pop(1).withdraw()
         await settle()
         await agent.expect_nothing_more()
@@ -163,7 +165,7 @@ async def test_an_agent_that_comes_and_goes_at_once(autojump_clock: MockClock) -
         (backend,) = server.state.pool.backends
         table = server.state.pool._strategies[0]._table
         table["one"] = {"b": [backend]}
-        server.state.arrivals._look()
+        server.state.arrivals._waiting["one"].unpark_all()
         del table["one"]
         await settle()
         await agent.expect_nothing_more()
@@ -171,6 +173,61 @@ async def test_an_agent_that_comes_and_goes_at_once(autojump_clock: MockClock) -
         assert held(server) == 1
         second = await server.agent("a", "host=one")
         await second.expect(DialRequest("tcp", "one:80", 1))
+
+
+async def test_an_agent_wakes_the_dials_that_are_for_it(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others would be chosen for in vain, all of them with each agent that connects."""
+    async with serving(**HOSTS) as server:
+        client = await server.client()
+        for number in range(100):
+            client.send(DialRequest("tcp", f"host{number}:80", number + 1))
+        client.send(DialRequest("tcp", "one:80", 101), DialRequest("tcp", "one:81", 102))
+        await settle()
+        assert held(server) == 102
+        chosen: list[str] = []
+        choose = server.state.pool.choose
+
+        def counted(address: str) -> Backend | None:
+            chosen.append(address)
+            return choose(address)
+
+        monkeypatch.setattr(server.state.pool, "choose", counted)
+        agent = await server.agent("a", "host=one&host=nobody")
+        assert sorted(chosen) == ["one:80", "one:81"]
+        assert {await agent.next(), await agent.next()} == {
+            DialRequest("tcp", "one:80", 101),
+            DialRequest("tcp", "one:81", 102),
+        }
+        assert held(server) == 100
+
+
+@pytest.mark.parametrize(
+    ("strategies", "identifiers", "woken"),
+    [
+        (("default",), "", True),
+        (("destHost", "default"), "host=other", True),
+        (("defaultRoute",), "default-route=true", True),
+        (("defaultRoute",), "", False),
+        (("destHost", "defaultRoute"), "host=one", True),
+        (("destHost", "defaultRoute"), "host=other", False),
+        (("destHost", "defaultRoute"), "host=other&default-route=true", True),
+    ],
+)
+async def test_which_agents_a_dial_waits_for(
+    strategies: tuple[str, ...], identifiers: str, woken: bool, autojump_clock: MockClock
+) -> None:
+    async with serving(agent_arrival_timeout_s=10.0, proxy_strategies=strategies) as server:
+        client = await server.client()
+        client.send(DialRequest("tcp", "one:80", 1))
+        await settle()
+        agent = await server.agent("a", identifiers)
+        if woken:
+            await agent.expect(DialRequest("tcp", "one:80", 1))
+        else:
+            await agent.expect_nothing_more()
+        assert held(server) == (not woken)
 
 
 # -- HTTP CONNECT ----------------------------------------------------------------------------------

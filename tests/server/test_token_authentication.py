@@ -11,11 +11,17 @@ import trio
 from harness import CONNECT, ClientPeer, ServerWorld, dial_ok, serving, settle, values
 from kube_script import ScriptedApi
 
-from clusterproxy.errors import KubeUnavailable
+from clusterproxy.errors import KubeUnavailable, RPCError
+from clusterproxy.grpc import Status
 from clusterproxy.http2.limits import Http2Limits
 from clusterproxy.rpc.server import RpcServer
-from clusterproxy.server import token_authentication
-from clusterproxy.server.token_authentication import TokenReviews, authenticated_opener
+from clusterproxy.server import review_queue
+from clusterproxy.server.token_authentication import (
+    TokenReviews,
+    _Refusals,
+    authenticated_opener,
+    end_strangers,
+)
 from clusterproxy_proto import DialRequest, Drain
 
 if TYPE_CHECKING:
@@ -173,7 +179,7 @@ async def test_a_dead_apiserver_hurts_nobody_else(autojump_clock: MockClock) -> 
         client.send(DialRequest("tcp", "target:80", 1))
         await good.expect(DialRequest("tcp", "target:80", 1))
         assert trio.current_time() == 0
-        await trio.sleep(30.1)
+        await trio.sleep(10.1)
         text = "Failed to authenticate request. err:context deadline exceeded"
         assert await waiting.status() == ("Unknown", FAILED + text)
         assert good.closed_with is None
@@ -224,15 +230,89 @@ async def test_nothing_is_taken_before_the_review(autojump_clock: MockClock) -> 
 async def test_reviews_in_flight_are_limited(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_authentication, "_IN_FLIGHT", 2)
-    monkeypatch.setattr(token_authentication, "_WAITING", 1)
+    monkeypatch.setattr(review_queue, "_IN_FLIGHT", 2)
+    monkeypatch.setattr(review_queue, "_WAITING", 1)
     async with authenticating(lambda *_: None) as (server, api):
         peers = [await agent(server, f"Bearer {n}") for n in range(4)]
         assert api.open == 2
         text = "Failed to authenticate request. err:too many agents wait for reviews"
-        assert await peers[3].status() == ("Unknown", FAILED + text)
+        assert await peers[2].status() == ("Unknown", FAILED + text)
         peers[0].hang_up()
         await settle()
         # The next one has its turn.
-        assert [asked["spec"]["token"] for asked in api.called("create")] == ["0", "1", "2"]
+        assert [asked["spec"]["token"] for asked in api.called("create")] == ["0", "1", "3"]
         assert api.open == 2
+
+
+async def test_one_review_for_each_connection(autojump_clock: MockClock) -> None:
+    async with authenticating(lambda *_: None) as (server, api):
+        first = await agent(server, "Bearer 0")
+        others = [await agent(server, f"Bearer {n}", beside=first) for n in (1, 2)]
+        for other in others:
+            text = "another stream here waits for its token's review"
+            assert await other.status() == ("Unknown", text)
+        assert len(api.calls) == 1
+        first.reset()
+        await settle()
+        again = await agent(server, "Bearer 3", beside=first)
+        assert again.closed_with is None
+        assert [asked["spec"]["token"] for asked in api.called("create")] == ["0", "3"]
+
+
+async def test_refusals_do_not_fill_the_log(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    def lines() -> list[str]:
+        found = [r for r in caplog.records if r.levelno >= logging.WARNING]
+        caplog.clear()
+        return [record.getMessage() for record in found if "refused" in record.getMessage()]
+
+    text = "agent refused: Authentication context was not found in metadata"
+    async with authenticating(lambda *_: review()) as (server, _):
+        for _ in range(50):
+            await agent(server)
+        assert lines() == [text]
+        await trio.sleep(5)
+        await agent(server)
+        await agent(server)
+        assert lines() == [f"{text} (and 49 more)"]
+
+
+async def test_refusals_of_many_sources_do_not_fill_the_log(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusals = _Refusals()
+    for number in range(1000):
+        refusals.note(f"192.0.2.{number}", "a" * 9999, RPCError(Status.UNKNOWN, "x" * 9999))
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 100
+    assert {len(record.getMessage()) for record in warnings} == {len("agent refused: ") + 1024}
+    assert {len(record.agent_id) for record in warnings} == {256}  # type: ignore[attr-defined]
+
+
+async def test_a_connection_without_an_agent_ends(autojump_clock: MockClock) -> None:
+    def answer(_: str, obj: Any) -> Any:
+        return review() if obj["spec"]["token"] == SECRET else review(authenticated=False)
+
+    async with authenticating(answer) as (server, _):
+        server.nursery.start_soon(end_strangers, server.agents.connections, server.state.pool)
+        good = await agent(server, f"Bearer {SECRET}")
+        refused, silent = await agent(server, "Bearer x"), await agent(server, "Bearer x")
+        later = await agent(server, "Bearer x")
+        await trio.sleep(15)
+        # It goes on asking, which makes no difference.
+        await agent(server, "Bearer x", beside=refused)
+        # This one had its token renewed.
+        await agent(server, f"Bearer {SECRET}", beside=later)
+        await trio.sleep(9)
+        assert len(server.agents.connections) == 4
+        await trio.sleep(3)
+        assert refused.connection.lost == silent.connection.lost == "connection closed by the peer"
+        await trio.sleep(600)
+        assert good.connection.lost is later.connection.lost is None
+        assert good.closed_with is None
+        assert len(server.state.pool.backends) == 2
+        # An agent that has gone and does not hang up.
+        good.reset()
+        await trio.sleep(30)
+        assert good.connection.lost == "connection closed by the peer"

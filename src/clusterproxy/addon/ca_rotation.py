@@ -8,10 +8,15 @@ bundle in use, even one of the phase before:
 phase    signs              bundle   in the secret         ends
 =======  =================  =======  ====================  =================================================
 steady   the authority      it       ``ca``                when it is asked for, or the authority has aged
-prepare  the authority      it, new  ``ca``, ``next-ca``   when all have the bundle, and the overlap is over
-retire   the new one        it, old  ``ca``, ``previous``  when none of the old one's certificates is in use,
-                                                           and the overlap is over
+prepare  the authority      it, new  ``ca``, ``next-ca``   the overlap after all have been found to have the
+                                                           bundle
+retire   the new one        it, old  ``ca``, ``previous``  the overlap after all certificates have been found
+                                                           to be the new one's, when none of the old one's is
+                                                           in use
 =======  =================  =======  ====================  =================================================
+
+It can be asked for in every phase: then a fresh authority is prepared, and all that may have issued something stay
+trusted. An authority that somebody has brought along is replaced when that is asked for, and never otherwise.
 
 All state is in the authority's secret, which is replaced as a whole, so a step is done or not, and any manager goes on
 where another has stopped. The original, which knows ``ca.crt`` and ``ca.key`` only, could take over at any moment: they
@@ -20,6 +25,8 @@ are what signs. It would trust fewer authorities, so a rotation should end befor
 
 from __future__ import annotations
 
+import hashlib
+import math
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
@@ -31,8 +38,8 @@ from clusterproxy.gotext import parse_duration, quote
 
 from .certificates import (
     LEAF_VALIDITY,
-    RENEWAL,
     Authority,
+    aged,
     load_authority,
     load_certificates,
     new_authority,
@@ -51,14 +58,20 @@ REQUEST: Final = f"{_PREFIX}rotate-ca"
 ACTED_ON: Final = f"{_PREFIX}rotated-ca"
 #: When the phase began.
 BEGAN: Final = f"{_PREFIX}ca-phase-began"
+#: Since when all have what the phase gives them, found at every look.
+SINCE: Final = f"{_PREFIX}ca-delivered-since"
+#: By which an administrator says that all agents have a bundle: its :func:`fingerprint`.
+DELIVERED: Final = f"{_PREFIX}ca-delivered"
+#: By which an administrator ends the trust in the previous authorities: the fingerprint of ``previous-ca.crt``.
+RETIRED: Final = f"{_PREFIX}ca-retire"
 #: How long a phase lasts at least, as a Go duration. An administrator writes it.
 OVERLAP: Final = f"{_PREFIX}ca-overlap"
 
 DEFAULT_OVERLAP: Final = timedelta(minutes=10)
 
-# After that nothing that the old authority has issued is valid, whatever is said to be in use.
-_LONGEST_RETIREMENT: Final = LEAF_VALIDITY + timedelta(days=1)
-# A phase that has begun so long after now was begun by a clock that was wrong.
+#: After that nothing that the old authority has issued is valid, whatever is said to be in use.
+LONGEST_RETIREMENT: Final = LEAF_VALIDITY + timedelta(days=1)
+# A time that is so long after now was written by a clock that was wrong.
 _SKEW: Final = timedelta(minutes=5)
 
 
@@ -77,10 +90,13 @@ class State:
     Attributes:
       authority: the one that signs.
       following: the one that is trusted and does not sign yet, in the phase *prepare*.
-      previous: the certificates of the one that was replaced, in the phase *retire*.
+      previous: the certificates of those that were replaced and are trusted yet, the last one's first.
       began: when the phase began; None if that is unknown.
+      since: since when all have what the phase gives them, see :data:`SINCE`; None if not all have.
       requested: what was asked for, see :data:`REQUEST`.
       acted_on: the last request that was acted on.
+      delivered: which bundle all agents are said to have, see :data:`DELIVERED`.
+      retired: whom not to trust any more, see :data:`RETIRED`.
       overlap: how long a phase lasts at least.
       problems: what of the annotations was ignored, and why.
     """
@@ -89,8 +105,11 @@ class State:
     following: Authority | None = None
     previous: tuple[x509.Certificate, ...] = ()
     began: datetime | None = None
+    since: datetime | None = None
     requested: str = ""
     acted_on: str = ""
+    delivered: str = ""
+    retired: str = ""
     overlap: timedelta = DEFAULT_OVERLAP
     problems: tuple[str, ...] = ()
 
@@ -111,6 +130,11 @@ class State:
         """Return what is to be trusted as PEM."""
         return _pem(self.trusted)
 
+    def seconds_left(self, now: datetime) -> float:
+        """Return how long the overlap lasts yet; infinity if it has not begun, or is over."""
+        left = 0.0 if self.since is None else (self.since + self.overlap - now).total_seconds()
+        return left if left > 0 else math.inf
+
     def write(self) -> tuple[dict[str, bytes], dict[str, str]]:
         """Return what is to stand in the secret under :attr:`Rotation.KEYS` and :attr:`Rotation.ANNOTATIONS`.
 
@@ -126,7 +150,9 @@ class State:
         if self.acted_on:
             annotations[ACTED_ON] = self.acted_on
         if self.began is not None:
-            annotations[BEGAN] = f"{self.began.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
+            annotations[BEGAN] = stamp(self.began)
+        if self.since is not None:
+            annotations[SINCE] = stamp(self.since)
         return data, annotations
 
 
@@ -136,8 +162,8 @@ class Rotation:
     KEYS: Final = frozenset({"ca.crt", "ca.key", "next-ca.crt", "next-ca.key", "previous-ca.crt"})
     """The keys of its data that are the rotation's."""
 
-    ANNOTATIONS: Final = frozenset({ACTED_ON, BEGAN})
-    """The annotations that are the rotation's."""
+    ANNOTATIONS: Final = frozenset({ACTED_ON, BEGAN, SINCE})
+    """The annotations that are the rotation's. The administrator's are not."""
 
     @staticmethod
     def begin(now: datetime) -> State:
@@ -166,8 +192,11 @@ class Rotation:
             following=following,
             previous=() if previous is None else load_certificates(previous, "previous-ca.crt"),
             began=_time(_text(annotations, BEGAN)),
+            since=_time(_text(annotations, SINCE)),
             requested=_text(annotations, REQUEST),
             acted_on=_text(annotations, ACTED_ON),
+            delivered=_text(annotations, DELIVERED),
+            retired=_text(annotations, RETIRED),
             overlap=_overlap(_text(annotations, OVERLAP), problems),
             problems=tuple(problems),
         )
@@ -177,7 +206,7 @@ def step(
     state: State,
     now: datetime,
     *,
-    bundle_delivered: bool,
+    delivered: bool,
     previous_unused: bool,
     generate: Callable[[datetime], Authority] | None = None,
 ) -> State | None:
@@ -186,53 +215,86 @@ def step(
     Args:
       state: the present one.
       now: the time.
-      bundle_delivered: whether everybody who verifies certificates has :meth:`State.bundle` of *state*.
+      delivered: whether all were found to have what the phase gives them: whoever verifies certificates
+        :meth:`State.bundle` of *state*, and in the phase *retire* whoever has a certificate one of the authority's.
+        From then on the overlap counts, so what has only just been written is not delivered yet.
       previous_unused: whether no certificate is in use any more that :attr:`State.previous` has issued.
       generate: makes a new authority.
     """
     generate = generate or _generate
     if state.authority.expired(now):
-        # Nobody trusts it any more, so there is nothing to be careful with.
         usable = state.following if _usable(state.following, now) else None
+        if usable is None and not state.authority.self_made and not _asked(state):
+            return None
+        # Nobody trusts it any more, so there is nothing to be careful with.
         return attrs.evolve(
             state,
             authority=usable or generate(now),
             following=None,
             previous=(),
             began=None,
+            since=None,
             acted_on=state.requested or state.acted_on,
         )
-    if state.phase is Phase.STEADY:
-        if not (_asked(state) or _aged(state.authority, now)):
-            return None
+    if _asked(state) or _due(state, now):
         return attrs.evolve(
             state,
             following=generate(now),
             began=now,
+            since=None,
             acted_on=state.requested or state.acted_on,
         )
-    if state.following is not None and not _usable(state.following, now):
-        return attrs.evolve(state, following=generate(now), began=now)
+    if state.phase is Phase.STEADY:
+        return None
+    if state.previous and state.retired == previous_fingerprint(state):
+        began = None if state.following is None else state.began
+        return attrs.evolve(state, previous=(), began=began, since=None)
     if state.began is None or state.began > now + _SKEW:
         return attrs.evolve(state, began=now)
-    if now - state.began < state.overlap:
+    if not delivered:
+        return None if state.since is None else attrs.evolve(state, since=None)
+    if state.since is None or state.since > now + _SKEW:
+        return attrs.evolve(state, since=now)
+    if now - state.since < state.overlap:
         return None
     if state.following is not None:
-        if not bundle_delivered:
-            return None
         return attrs.evolve(
             state,
             authority=state.following,
             following=None,
-            previous=state.authority.certificates,
+            previous=(*state.authority.certificates, *state.previous),
             began=now,
+            since=None,
         )
     over = (
         previous_unused
-        or now - state.began >= _LONGEST_RETIREMENT
-        or now >= state.previous[0].not_valid_after_utc
+        or now - state.since >= LONGEST_RETIREMENT
+        or all(now >= each.not_valid_after_utc for each in state.previous)
     )
-    return attrs.evolve(state, previous=(), began=None) if over else None
+    return attrs.evolve(state, previous=(), began=None, since=None) if over else None
+
+
+def agents_have_bundle(state: State) -> bool:
+    """Whether all agents have :meth:`State.bundle`, as far as they need it: what signs already, they must have had before.
+
+    Only an administrator can know that as long as nothing of ours gives it to them.
+    """
+    return state.phase is not Phase.PREPARE or state.delivered == fingerprint(state.bundle())
+
+
+def fingerprint(pem: bytes) -> str:
+    """Return a short name of certificates: what ``sha256sum | cut -c1-16`` says of them."""
+    return hashlib.sha256(pem).hexdigest()[:16]
+
+
+def previous_fingerprint(state: State) -> str:
+    """Return the fingerprint of the authorities that were replaced."""
+    return fingerprint(_pem(state.previous))
+
+
+def stamp(moment: datetime) -> str:
+    """Write a time as the annotations have it: ``2026-11-26T00:00:00Z``."""
+    return f"{moment.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def _generate(now: datetime) -> Authority:
@@ -243,9 +305,11 @@ def _asked(state: State) -> bool:
     return bool(state.requested) and state.requested != state.acted_on
 
 
-def _aged(authority: Authority, now: datetime) -> bool:
-    begin = authority.certificate.not_valid_before_utc
-    return now - begin > (authority.certificate.not_valid_after_utc - begin) * RENEWAL
+def _due(state: State, now: datetime) -> bool:
+    """Whether a new authority is needed without anybody asking for it."""
+    if state.following is not None:
+        return not _usable(state.following, now)
+    return state.authority.self_made and aged(state.authority.certificate, now)
 
 
 def _usable(authority: Authority | None, now: datetime) -> bool:

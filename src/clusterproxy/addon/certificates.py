@@ -84,7 +84,8 @@ class Usage(StrEnum):
     CLIENT = "client"
 
 
-_PURPOSES: Final = {
+#: What a certificate says that it is for.
+PURPOSES: Final = {
     Usage.SERVER: ExtendedKeyUsageOID.SERVER_AUTH,
     Usage.CLIENT: ExtendedKeyUsageOID.CLIENT_AUTH,
 }
@@ -127,6 +128,11 @@ class Authority:
     def certificate(self) -> x509.Certificate:
         """The one that issues."""
         return self.certificates[0]
+
+    @property
+    def self_made(self) -> bool:
+        """Whether we, or the original, have made it; otherwise it is somebody's own."""
+        return f"CN={AUTHORITY_NAME}" in subject_of(self.certificate).split(",")
 
     def expired(self, now: datetime) -> bool:
         """Whether nothing can be issued any more."""
@@ -201,7 +207,7 @@ def load_authority(
     certificates = load_certificates(ca_crt, crt_name)
     private_key = _load_authority_key(ca_key, key_name)
     certificate = certificates[0]
-    if not _is_authority(certificate, crt_name):
+    if not is_authority(certificate, crt_name):
         raise CertificateError(
             crt_name, "is not the certificate of a CA: it lacks CA:TRUE or the usage certSign"
         )
@@ -290,7 +296,7 @@ def issue(authority: Authority, leaf: Leaf, now: datetime) -> tuple[bytes, bytes
         .not_valid_after(min(now + leaf.validity, issuer.not_valid_after_utc - _BEFORE_THE_END))
         .add_extension(_key_usage(issues=False), critical=True)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([_PURPOSES[leaf.usage]]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([PURPOSES[leaf.usage]]), critical=False)
         .add_extension(_authority_key_identifier(authority), critical=False)
         .add_extension(names, critical=not name)
         .sign(authority.private_key, hashes.SHA256())
@@ -328,11 +334,11 @@ def why_reissue(
     soonest = max(each.certificate.not_valid_before_utc for each in authorities)
     if begin > max(now + _SKEW, soonest):
         return f"tls.crt is not valid before {go_time(begin)}"
-    if now - begin > (end - begin) * RENEWAL:
+    if aged(certificate, now):
         return f"tls.crt expires at {go_time(end)}: {RENEWAL:.0%} of its life is over"
     if not any(issued_by(certificate, authority.certificate) for authority in authorities):
         return "tls.crt was issued by another CA"
-    if purposes is not None and _PURPOSES[leaf.usage] not in purposes:
+    if purposes is not None and PURPOSES[leaf.usage] not in purposes:
         return f"tls.crt is not for use by a {leaf.usage}"
     changes = _differences("DNS name", hosts, set(leaf.hosts)) + _differences(
         "IP address", addresses, {str(each) for each in _addresses(leaf.hosts)}
@@ -347,6 +353,12 @@ def not_after(tls_crt: bytes) -> datetime:
       CertificateError: there is none.
     """
     return load_certificates(tls_crt, "tls.crt")[0].not_valid_after_utc
+
+
+def aged(certificate: x509.Certificate, now: datetime) -> bool:
+    """Whether it is time for another one: :data:`RENEWAL` of its life is over."""
+    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    return now - begin > (end - begin) * RENEWAL
 
 
 def go_time(moment: datetime) -> str:
@@ -383,7 +395,12 @@ def _addresses(
     return sorted(found, key=lambda address: (address.version, int(address)))
 
 
-def _is_authority(certificate: x509.Certificate, name: str) -> bool:
+def is_authority(certificate: x509.Certificate, name: str) -> bool:
+    """Whether it may issue certificates.
+
+    Raises:
+      CertificateError: its extensions cannot be read; *name* is what it is called there.
+    """
     constraints = _extension(certificate, x509.BasicConstraints, name)
     usage = _extension(certificate, x509.KeyUsage, name)
     return constraints is not None and constraints.ca and (usage is None or usage.key_cert_sign)
@@ -403,6 +420,23 @@ def _authority_key_identifier(authority: Authority) -> x509.AuthorityKeyIdentifi
     if identifier is not None:
         return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
     return x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.private_key.public_key())
+
+
+def subject_of(certificate: x509.Certificate) -> str:
+    """Return a certificate's subject as RFC 4514 has it, its serial number if the subject cannot be read."""
+    try:
+        return certificate.subject.rfc4514_string()
+    except _UNPARSABLE:
+        return f"serial number {certificate.serial_number:x}"
+
+
+def purposes_of(certificate: x509.Certificate, name: str) -> x509.ExtendedKeyUsage | None:
+    """Return what a certificate is for, None if it is for anything.
+
+    Raises:
+      CertificateError: its extensions cannot be read; *name* is what it is called there.
+    """
+    return _extension(certificate, x509.ExtendedKeyUsage, name)
 
 
 def hosts_of(certificate: x509.Certificate) -> set[str]:
@@ -433,7 +467,7 @@ def _contents(
     certificate: x509.Certificate,
 ) -> tuple[set[str], set[str], x509.ExtendedKeyUsage | None]:
     names = _extension(certificate, x509.SubjectAlternativeName, "tls.crt")
-    purposes = _extension(certificate, x509.ExtendedKeyUsage, "tls.crt")
+    purposes = purposes_of(certificate, "tls.crt")
     if names is None:
         return set(), set(), purposes
     return (

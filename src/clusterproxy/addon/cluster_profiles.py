@@ -18,7 +18,12 @@ from clusterproxy.kube.resource import (
     value_at,
 )
 
-from .configuration import InvalidConfiguration, parse_configuration
+from .configuration import (
+    MAIN_CONFIGURATION,
+    USER_SERVER_SECRET,
+    InvalidConfiguration,
+    parse_configuration,
+)
 from .objects import find
 
 if TYPE_CHECKING:
@@ -32,12 +37,6 @@ PROVIDER: Final = "open-cluster-management"
 
 #: Which profiles are watched.
 SELECTOR: Final = f"x-k8s.io/cluster-manager={PROVIDER},open-cluster-management.io/cluster-name"
-
-#: The secret of which the certificate is the CA data.
-USER_SECRET: Final = "cluster-proxy-user-serving-cert"
-
-#: The configuration that agents go by.
-CONFIGURATION: Final = "cluster-proxy"
 
 _EXEC: Final = "client.authentication.k8s.io/exec"
 _RETRY_S: Final = 60.0
@@ -72,8 +71,9 @@ def with_provider(providers: list[Any], entry: Object) -> list[Any] | None:
 class ClusterProfileReconciler:
     """Keeps our entry in one profile. A profile that is not selected is not touched."""
 
-    def __init__(self, api: KubeApi) -> None:
+    def __init__(self, api: KubeApi, signer_secret: str) -> None:
         self._api = api
+        self._signer_secret = signer_secret
 
     async def reconcile(self, key: tuple[str, str]) -> float | None:
         """Look at a profile; return seconds until it is to be looked at again, or None.
@@ -104,14 +104,15 @@ class ClusterProfileReconciler:
         return None
 
     async def _entry(self, profile_name: str) -> Object | None:
-        live = await find(self._api, MANAGED_PROXY_CONFIGURATIONS, CONFIGURATION)
+        live = await find(self._api, MANAGED_PROXY_CONFIGURATIONS, MAIN_CONFIGURATION)
         if live is None:
             return None
         try:
-            namespace = parse_configuration(live).proxy_server.namespace
+            configuration = parse_configuration(live, signer_secret=self._signer_secret)
         except InvalidConfiguration:
             return None
-        secret = await find(self._api, SECRETS, USER_SECRET, namespace)
+        namespace = configuration.proxy_server.namespace
+        secret = await find(self._api, SECRETS, USER_SERVER_SECRET, namespace)
         certificate = text_at(secret or {}, "data", "tls.crt")
         if not certificate:
             return None

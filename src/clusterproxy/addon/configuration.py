@@ -22,11 +22,18 @@ if TYPE_CHECKING:
 
     from clusterproxy.kube.resource import Object
 
+#: The configuration that agents go by, and that owns the CA.
+MAIN_CONFIGURATION: Final = "cluster-proxy"
 DEFAULT_NAMESPACE: Final = "open-cluster-management-cluster-proxy"
 PROXY_SERVER_CA_SECRET: Final = "proxy-server-ca"
 USER_SERVER_SECRET: Final = "cluster-proxy-user-serving-cert"
 SERVICE_PROXY_SECRET: Final = "cluster-proxy-service-proxy-server-cert"
 _SIGNER_SECRET: Final = "cluster-proxy-signer"
+
+# What the Helm chart calls its Deployments and a Service.
+_CHARTS: Final = ("cluster-proxy-addon-manager", "cluster-proxy-addon-user")
+# The longest name of an object, without what is put behind it.
+_LONGEST_NAME: Final = 253 - len("-proxy-server")
 
 # The ports that the proxy server accepts: those below need rights, those above are handed out to clients.
 _FIRST_PORT: Final = 1024
@@ -161,10 +168,19 @@ def parse_configuration(obj: Object, *, signer_secret: str = _SIGNER_SECRET) -> 
     sans = _sans(signer.part("selfSigned"))
     ports = _ports(spec.part("deploy").part("ports"))
     server = _proxy_server(spec.part("proxyServer"), ports)
+    name = metadata.text("name", required=True)
+    if name in _CHARTS:
+        metadata.problem(
+            "name", f"{name!r} is the name of another Deployment of the add-on: choose another name"
+        )
+    if len(name) > _LONGEST_NAME:
+        metadata.problem(
+            "name", f"must have at most {_LONGEST_NAME} letters: names of objects are made of it"
+        )
     secrets = _secrets(authentication.part("dump").part("secrets"), signer_secret)
     user_server = spec.part("userServer")
     configuration = ProxyConfiguration(
-        name=metadata.text("name", required=True),
+        name=name,
         uid=metadata.text("uid"),
         generation=metadata.integer("generation", 0, 0, 2**63 - 1),
         proxy_server=server,

@@ -137,10 +137,15 @@ class Fields:
                 self.problem(called, f"must be a string, not {shown(element)}")
         return tuple(found)
 
+    def entries(self, name: str) -> Iterator[tuple[str, object]]:
+        """Yield the keys and values of an object."""
+        for key, value in self.part(name)._values.items():  # noqa: SLF001  of the same class
+            yield str(key), value
+
     def mapping(self, name: str) -> dict[str, str]:
         found: dict[str, str] = {}
-        for key, value in self.part(name)._values.items():  # noqa: SLF001  of the same class
-            if isinstance(key, str) and isinstance(value, str):
+        for key, value in self.entries(name):
+            if isinstance(value, str):
                 found[key] = value
             else:
                 self.problem(f"{name}[{shown(key)}]", f"must be a string, not {shown(value)}")

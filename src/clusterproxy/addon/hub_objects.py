@@ -126,6 +126,7 @@ def hub_objects(
     tls_min_version: str = "VersionTLS12",
     cipher_suites: Sequence[str] = (),
     image_pull_policy: str = "IfNotPresent",
+    pull_secrets: Sequence[object] = (),
     owner: Object | None = None,
 ) -> list[tuple[Resource, Object]]:
     """Return all objects but namespace, certificates and load balancer, in the order in which they are needed.
@@ -136,6 +137,7 @@ def hub_objects(
       tls_min_version: a name of Go's; empty for none.
       cipher_suites: names of Go's.
       image_pull_policy: of the proxy server's container.
+      pull_secrets: of the account that the original's servers ran under: ours need them as well.
       owner: the reference to put into them, by default to *configuration*.
     """
     ports = configuration.ports
@@ -160,7 +162,11 @@ def hub_objects(
         (
             SERVICE_ACCOUNTS,
             server_account(configuration),
-            {"automountServiceAccountToken": False},
+            {
+                "automountServiceAccountToken": False,
+                # Without any those stay that somebody has given to this account.
+                **({"imagePullSecrets": list(pull_secrets)} if pull_secrets else {}),
+            },
         ),
         (SERVICES, configuration.proxy_server.service_name, service),
         (SECRETS, PROXY_SERVER_CA_SECRET, secret),

@@ -11,7 +11,7 @@ from clusterproxy.kube.resource import SECRETS, map_at
 
 from .certificates import issue, not_after, why_reissue
 from .contention import last_writer
-from .objects import find
+from .objects import NameTaken, find, owners_of
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger("clusterproxy.addon")
 
 TLS_SECRET: Final = "kubernetes.io/tls"
+
+# The keys of a secret that may be made anew with the right type, as the original does.
+_OURS: Final = frozenset({"tls.crt", "tls.key", "ca.crt"})
 
 
 def secret_data(secret: Object) -> dict[str, bytes]:
@@ -60,6 +63,7 @@ async def ensure_leaf(
 
     Raises:
       ConflictingWriter: it was changed so often that it is left alone for a while.
+      NameTaken: a secret of that name holds something else.
       KubeError: what the apiserver says; :class:`Conflict` if somebody else changed the secret.
     """
     live = await find(api, SECRETS, name, namespace)
@@ -91,9 +95,14 @@ async def ensure_leaf(
         await api.create(SECRETS, fresh)
     elif changeable:
         await api.replace(SECRETS, fresh)
-    else:
+    elif owners_of(live) or data.keys() <= _OURS:
         await api.delete(SECRETS, name, namespace, uid=live["metadata"]["uid"])
         await api.create(SECRETS, fresh)
+    else:
+        raise NameTaken(
+            f"{called} is there already and holds something else: delete it, or name another one in "
+            "spec.authentication.dump.secrets"
+        )
     contention.written(called, wanted)
     _log.info("issued the certificate in secret %s/%s: %s", namespace, name, reason)
     return not_after(crt), reason

@@ -7,26 +7,28 @@ from typing import TYPE_CHECKING, Final, Never
 
 import trio
 
-from clusterproxy.errors import ConfigError
 from clusterproxy.kube.api import Change
 from clusterproxy.kube.controller import Controller
 from clusterproxy.kube.reflector import Reflector
 from clusterproxy.kube.resource import (
     CLUSTER_PROFILES,
-    CONFIG_MAPS,
     MANAGED_PROXY_CONFIGURATIONS,
     SECRETS,
+    text_at,
+    value_at,
 )
 
-from .cluster_profiles import CONFIGURATION, SELECTOR, USER_SECRET, ClusterProfileReconciler
+from .cluster_profiles import SELECTOR, ClusterProfileReconciler
+from .configuration import MAIN_CONFIGURATION, USER_SERVER_SECRET
 from .owned import OwnedObjects
+from .profile_watch import ProfileWatch
 from .program import Hub, Lease, run_on_hub
 from .reconciler import ConfigurationReconciler
 from .signer import Signer
-from .tls_profile import CONFIG_MAP, TlsProfile, parse_tls_profile
 
 if TYPE_CHECKING:
     from clusterproxy.kube.api import WatchEvent
+    from clusterproxy.kube.resource import Object
 
     from .config import ManagerConfig
 
@@ -62,8 +64,8 @@ class Manager:
     def __init__(self, hub: Hub, config: ManagerConfig) -> None:
         self._hub = hub
         self._config = config
-        self._profile = TlsProfile()
-        self._profile_problem = ""
+        self._seen: dict[str, tuple[object, ...]] = {}
+        self._profiles = ProfileWatch(hub.api, config.pod_namespace, self._all_changed)
         self._configurations = Reflector(hub.api, MANAGED_PROXY_CONFIGURATIONS)
         signer = Signer(hub.api, config.signer_secret_namespace, config.signer_secret_name)
         self._owned = OwnedObjects(hub.api, self._changed)
@@ -73,7 +75,7 @@ class Manager:
             owned=self._owned,
             events=hub.events,
             metrics=hub.metrics,
-            tls=lambda: (self._profile, self._profile_problem),
+            tls=lambda: (self._profiles.profile, self._profiles.problem),
             image_pull_policy=config.image_pull_policy,
         )
         self._controller: Controller[str] = Controller(
@@ -89,63 +91,53 @@ class Manager:
 
     async def run(self) -> Never:
         """Keep everything as configured, until cancelled."""
-        api = self._hub.api
-        profile = Reflector(
-            api,
-            CONFIG_MAPS,
-            self._config.pod_namespace,
-            field_selector=f"metadata.name={CONFIG_MAP}",
-        )
-        profile.subscribe(self._profile_changed)
         self._configurations.subscribe(self._configuration_changed)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(profile.run)
-            # Servers should not be started with one profile and restarted with another.
-            await profile.synced.wait()
+            await nursery.start(self._profiles.run)
             nursery.start_soon(self._configurations.run)
             nursery.start_soon(self._owned.run)
             nursery.start_soon(self._controller.run)
             if self._config.gates["ClusterProfile"]:
                 nursery.start_soon(self._run_cluster_profiles)
             await self._configurations.synced.wait()
-            if ("", CONFIGURATION) not in self._configurations.items:
+            if ("", MAIN_CONFIGURATION) not in self._configurations.items:
                 _log.warning(
-                    "there is no ManagedProxyConfiguration %s yet: waiting for it", CONFIGURATION
+                    "there is no ManagedProxyConfiguration %s yet: waiting for it",
+                    MAIN_CONFIGURATION,
                 )
         raise AssertionError  # pragma: no cover  the nursery ends by cancellation only
 
     def _configuration_changed(self, event: WatchEvent) -> None:
-        name = event.object["metadata"]["name"]
+        name = text_at(event.object, "metadata", "name")
         if event.change is Change.DELETED:
             self._owned.forget(name)
+            self._seen.pop(name, None)
+        elif not self._is_news(event.object):
+            return
         self._controller.enqueue(name)
 
-    def _profile_changed(self, event: WatchEvent) -> None:
-        config_map = None if event.change is Change.DELETED else event.object
-        try:
-            profile = parse_tls_profile(config_map)
-        except ConfigError as error:
-            # What was good before holds until the mistake is mended.
-            self._profile_problem = error.message
-            _log.error("TLS profile: %s", error.message)
-        else:
-            for warning in profile.warnings:
-                _log.warning("TLS profile: %s", warning)
-            self._profile_problem = ""
-            self._profile = profile
-        self._all_changed()
+    def _is_news(self, configuration: Object) -> bool:
+        """Whether something but the status has changed, which we write: it would have us look again at once."""
+        keys = ("uid", "generation", "annotations", "labels", "deletionTimestamp")
+        news = tuple(value_at(configuration, "metadata", key) for key in keys)
+        name = text_at(configuration, "metadata", "name")
+        if self._seen.get(name) == news:
+            return False
+        self._seen[name] = news
+        return True
 
     async def _run_cluster_profiles(self) -> Never:
         api = self._hub.api
+        reconciler = ClusterProfileReconciler(api, self._config.signer_secret_name)
         controller: Controller[tuple[str, str]] = Controller(
-            "clusterprofile", ClusterProfileReconciler(api).reconcile, metrics=self._hub.metrics
+            "clusterprofile", reconciler.reconcile, metrics=self._hub.metrics
         )
         profiles = Reflector(api, CLUSTER_PROFILES, label_selector=SELECTOR)
         secrets = Reflector(
             api,
             SECRETS,
             self._config.pod_namespace,
-            field_selector=f"metadata.name={USER_SECRET}",
+            field_selector=f"metadata.name={USER_SERVER_SECRET}",
         )
 
         def all_changed(_event: WatchEvent) -> None:
@@ -157,8 +149,8 @@ class Manager:
             controller.enqueue((metadata["namespace"], metadata["name"]))
 
         profiles.subscribe(changed)
+        # The secret is made anew whenever the configuration changes what it is to say.
         secrets.subscribe(all_changed)
-        self._configurations.subscribe(all_changed)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(profiles.run)
             nursery.start_soon(secrets.run)

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
-from clusterproxy.errors import AlreadyExists, Conflict, KubeUnavailable, NotFound
+from clusterproxy.errors import (
+    AlreadyExists,
+    ClusterProxyError,
+    Conflict,
+    KubeUnavailable,
+    NotFound,
+)
+from clusterproxy.kube.resource import MANAGED_PROXY_CONFIGURATIONS, list_at, text_at
 
 from .contention import differences, last_writer
 from .drift import Recreate, merge
@@ -29,6 +36,20 @@ T = TypeVar("T")
 PASSING: Final = (Conflict, AlreadyExists, KubeUnavailable)
 
 _PAUSES_S: Final = (0.05, 0.2, 0.8)
+
+
+class NameTaken(ClusterProxyError):
+    """There is an object of the name that cannot be changed to what is wanted, and is not ours to delete."""
+
+
+def owners_of(obj: Object) -> set[str]:
+    """Return the configurations that an object was made for, by us or by the original, controller or not."""
+    return {
+        text_at(owner, "name")
+        for owner in list_at(obj, "metadata", "ownerReferences")
+        if text_at(owner, "kind") == MANAGED_PROXY_CONFIGURATIONS.kind
+        and text_at(owner, "apiVersion").startswith(f"{MANAGED_PROXY_CONFIGURATIONS.group}/")
+    }
 
 
 async def patiently(step: Callable[[], Awaitable[T]]) -> T:
@@ -68,6 +89,7 @@ async def ensure(
     Raises:
       Conflict: somebody else changed it at the same time. The next attempt sees what they did.
       ConflictingWriter: it was changed back so often that it is left alone for a while.
+      NameTaken: it would have to be made anew, and is somebody else's.
       KubeError: what else the apiserver says.
     """
     metadata = rendered["metadata"]
@@ -83,6 +105,11 @@ async def ensure(
     wanted = merge(live, rendered)
     if wanted is None:
         return live
+    if isinstance(wanted, Recreate) and not owners_of(live):
+        raise NameTaken(
+            f"{called} is there already, is not ours, and differs in {wanted.field}, which cannot be changed: "
+            "delete it, or give it or the ManagedProxyConfiguration another name"
+        )
     fields = [wanted.field] if isinstance(wanted, Recreate) else differences(live, wanted)
     contention.check(called, rendered, ", ".join(fields), last_writer(live))
     if isinstance(wanted, Recreate):

@@ -9,17 +9,17 @@ import trio
 from clusterproxy.kube.reflector import Reflector
 from clusterproxy.kube.resource import (
     DEPLOYMENTS,
-    MANAGED_PROXY_CONFIGURATIONS,
     ROLE_BINDINGS,
     ROLES,
     SECRETS,
     SERVICE_ACCOUNTS,
     SERVICES,
     Resource,
-    list_at,
     map_at,
     text_at,
 )
+
+from .objects import owners_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -39,15 +39,6 @@ def _outline(obj: Object) -> Object:
             for key in ("namespace", "name", "resourceVersion", "uid", "ownerReferences")
             if key in metadata
         }
-    }
-
-
-def _owners(obj: Object) -> set[str]:
-    return {
-        text_at(owner, "name")
-        for owner in list_at(obj, "metadata", "ownerReferences")
-        if text_at(owner, "kind") == MANAGED_PROXY_CONFIGURATIONS.kind
-        and text_at(owner, "apiVersion").startswith(f"{MANAGED_PROXY_CONFIGURATIONS.group}/")
     }
 
 
@@ -105,7 +96,7 @@ class OwnedObjects:
                 for configuration, names in self._named.items()
                 if (resource, namespace, name) in names
             }
-            for configuration in named | _owners(event.object):
+            for configuration in named | owners_of(event.object):
                 self._changed(configuration)
 
         reflector.subscribe(tell)

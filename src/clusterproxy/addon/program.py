@@ -6,8 +6,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
-import uuid
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -16,13 +14,14 @@ import trio
 
 from clusterproxy.kube.client import open_kube_api
 from clusterproxy.kube.events import EventRecorder
-from clusterproxy.kube.leader import LeaderElection, LeadershipLost
+from clusterproxy.kube.leader import LeaderElection, LeadershipLost, make_identity
 from clusterproxy.telemetry.admin import metrics_handler, probe_handler
 from clusterproxy.telemetry.controller_metrics import ControllerMetrics
 from clusterproxy.telemetry.listener import serve_http_socket
 from clusterproxy.transport.listener import accept_forever, listen_tcp
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Awaitable, Callable, Sequence
 
     from clusterproxy.http1 import Handler
@@ -133,7 +132,7 @@ async def _lead(hub: Hub, work: Callable[[Hub], Awaitable[None]], lease: Lease |
         hub.api,
         namespace=lease.namespace,
         name=lease.name,
-        identity=f"{socket.gethostname()}_{uuid.uuid4()}",
+        identity=make_identity(),
         events=hub.events,
     ).run(leading)
 

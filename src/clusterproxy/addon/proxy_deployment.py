@@ -10,8 +10,10 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from clusterproxy.gotext import parse_duration
+from clusterproxy.kube.resource import list_at
 
 from .configuration import PROXY_SERVER_CA_SECRET, Ports
+from .tls_profile import TlsProfile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,6 +40,16 @@ def server_account(configuration: ProxyConfiguration) -> str:
     return f"{configuration.name}-proxy-server"
 
 
+def tls_of(deployment: Object) -> TlsProfile:
+    """Return the TLS profile that a Deployment's servers have."""
+    containers = list_at(deployment, "spec", "template", "spec", "containers")
+    arguments = _Arguments(
+        [str(each) for each in list_at(containers[0], "args")] if containers else []
+    )
+    suites = tuple(filter(None, arguments.text("cipher-suites").split(",")))
+    return TlsProfile(arguments.text("tls-min-version") or "VersionTLS12", suites)
+
+
 def proxy_deployment(
     configuration: ProxyConfiguration,
     tls_min_version: str,
@@ -59,7 +71,8 @@ def proxy_deployment(
         "--server-ca-cert=/etc/server-ca-pki/ca.crt",
         "--server-cert=/etc/server-pki/tls.crt",
         "--server-key=/etc/server-pki/tls.key",
-        "--cluster-ca-cert=/etc/server-ca-pki/ca.crt",
+        # Agents show a token or a certificate: the server refuses to be told both.
+        *(() if arguments.take_tokens else ("--cluster-ca-cert=/etc/server-ca-pki/ca.crt",)),
         "--cluster-cert=/etc/agent-pki/tls.crt",
         "--cluster-key=/etc/agent-pki/tls.key",
         *_port_flags(configuration.ports),
@@ -124,7 +137,7 @@ def proxy_deployment(
         "spec": {
             "replicas": server.replicas,
             "selector": {"matchLabels": dict(SELECTOR)},
-            # Every server has the agents' streams before an old one goes, so that no dial finds none.
+            # Somebody is always there for a dial; docs/addon.md tells how none is lost.
             "strategy": {
                 "type": "RollingUpdate",
                 "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0},
@@ -211,7 +224,12 @@ class _Arguments:
         # A flag of truth takes no value but behind a '='.
         value, joined = self._values.get("enable-lease-controller", ("false", True))
         leases = not joined or value.lower() in {"true", "t", "1"}
-        return leases or any(
+        return leases or self.take_tokens
+
+    @property
+    def take_tokens(self) -> bool:
+        """Whether agents authenticate by token."""
+        return any(
             self.text(name)
             for name in ("agent-namespace", "agent-service-account", "authentication-audience")
         )

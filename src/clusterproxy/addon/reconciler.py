@@ -20,6 +20,7 @@ from clusterproxy.kube.resource import (
     MANAGED_PROXY_CONFIGURATIONS,
     NAMESPACES,
     SECRETS,
+    SERVICE_ACCOUNTS,
     SERVICES,
     list_at,
     map_at,
@@ -27,22 +28,32 @@ from clusterproxy.kube.resource import (
     value_at,
 )
 
-from .certificates import CertificateError, go_time, load_certificates, not_after
+from .ca_progress import CAProgress
 from .conditions import merge_conditions
 from .configuration import (
+    DEFAULT_NAMESPACE,
+    MAIN_CONFIGURATION,
     PROXY_SERVER_CA_SECRET,
-    USER_SERVER_SECRET,
     EntrypointType,
     InvalidConfiguration,
     SignerType,
     parse_configuration,
 )
 from .contention import ConflictingWriter, Contention
+from .findings import (
+    CA_ROTATION,
+    DEPLOYED,
+    ENTRYPOINT,
+    RECONCILED,
+    USER_SIGNED,
+    VALID,
+    Blocked,
+    Findings,
+)
+from .hub_certificates import HubCertificates
 from .hub_objects import hub_objects, load_balancer, owner_reference, wanted_leaves
-from .leaves import ensure_leaf, secret_data
-from .objects import PASSING, ensure, find, patiently
-from .provided import why_unusable
-from .signer import SignerInvalid
+from .objects import PASSING, NameTaken, ensure, find, patiently
+from .proxy_deployment import SELECTOR, SERVICE_ACCOUNT, tls_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +63,6 @@ if TYPE_CHECKING:
     from clusterproxy.kube.resource import Object, Resource
     from clusterproxy.telemetry.controller_metrics import ControllerMetrics
 
-    from .certificates import Leaf
     from .configuration import ProxyConfiguration
     from .owned import OwnedObjects
     from .signer import Signer
@@ -68,50 +78,13 @@ _PATIENCE: Final = 5
 
 _CONTENDED_S: Final = 1.0
 
-# The configuration that owns the CA's secret, and by which its rotation goes.
-_MAIN: Final = "cluster-proxy"
-
-VALID: Final = "ConfigurationValid"
-ENTRYPOINT: Final = "EntrypointProvisioned"
-DEPLOYED: Final = "ProxyServerDeployed"
-RECONCILED: Final = "Reconciled"
-_SERVER_SIGNED: Final = "ProxyServerSecretSigned"
-_USER_SIGNED: Final = "UserServerSecretSigned"
-
-
-class Blocked(Exception):
-    """The rest has to wait for something; the condition says for what."""
-
-    def __init__(self, kind: str, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
-        self.reason = reason
-
-
-class Conditions:
-    """What is found out about a configuration while it is looked at."""
-
-    def __init__(self) -> None:
-        self.found: list[Object] = []
-        self.contended: list[ConflictingWriter] = []
-
-    def note(self, kind: str, status: bool, reason: str, message: str = "") -> None:
-        self.found = [each for each in self.found if each["type"] != kind]
-        self.found.append(
-            {
-                "type": kind,
-                "status": "True" if status else "False",
-                "reason": reason,
-                "message": message,
-            }
-        )
-
 
 class ConfigurationReconciler:
     """Looks after configurations, one at a time.
 
     Args:
-      tls: returns the TLS profile that is in force, and what is wrong with the one that is configured, if anything.
+      tls: returns the TLS profile that is in force, None if that is not known, and what is wrong with the one that is
+        configured, if anything.
       clock: returns the time.
     """
 
@@ -123,7 +96,7 @@ class ConfigurationReconciler:
         owned: OwnedObjects,
         events: EventRecorder,
         metrics: ControllerMetrics,
-        tls: Callable[[], tuple[TlsProfile, str]],
+        tls: Callable[[], tuple[TlsProfile | None, str]],
         image_pull_policy: str,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
@@ -131,7 +104,8 @@ class ConfigurationReconciler:
         self._signer = signer
         self._owned = owned
         self._events = events
-        self._metrics = metrics
+        self._certificates = HubCertificates(api, signer, events, metrics)
+        self._progress = CAProgress(api, signer, events)
         self._tls = tls
         self._image_pull_policy = image_pull_policy
         self._clock = clock
@@ -156,46 +130,52 @@ class ConfigurationReconciler:
             self._owned.forget(name)
             self._contentions.pop(name, None)
             self._contended.discard(name)
+            self._certificates.forget(name)
             del self._failures[name]
             return None
         if value_at(live, "metadata", "deletionTimestamp"):
             # What it owns is collected with it.
             return None
-        conditions = Conditions()
+        findings = Findings()
         try:
-            again = await self._converge(live, conditions)
+            again = await self._converge(live, findings)
+        except NameTaken as error:
+            findings.note(RECONCILED, False, "NameTaken", str(error))
+            self._events.note(live, "Warning", "NameTaken", str(error))
+            again = RESYNC_S
         except Blocked as blocked:
-            conditions.note(blocked.kind, False, blocked.reason, str(blocked))
-            conditions.note(RECONCILED, False, blocked.reason, str(blocked))
+            findings.note(blocked.kind, False, blocked.reason, str(blocked))
+            findings.note(RECONCILED, False, blocked.reason, str(blocked))
             self._events.note(live, "Warning", blocked.reason, str(blocked))
             again = RESYNC_S
         except KubeError as error:
             self._failures[name] += 1
             if not isinstance(error, PASSING) or self._failures[name] >= _PATIENCE:
                 reason = error.reason or "ApiserverError"
-                conditions.note(RECONCILED, False, reason, error.message)
+                findings.note(RECONCILED, False, reason, error.message)
                 self._events.note(live, "Warning", reason, error.message)
                 with contextlib.suppress(KubeError):
-                    await self._report(live, conditions)
+                    await self._report(live, findings)
             raise
         else:
-            if conditions.contended:
-                message = "; ".join(map(str, conditions.contended))
-                conditions.note(RECONCILED, False, "ConflictingWriter", message)
+            if findings.contended:
+                message = "; ".join(map(str, findings.contended))
+                findings.note(RECONCILED, False, "ConflictingWriter", message)
                 self._events.note(live, "Warning", "ConflictingWriter", message)
-                again = min(again, *(each.seconds for each in conditions.contended))
+                again = min(again, *(each.seconds for each in findings.contended))
                 self._contended.add(name)
             else:
                 self._contended.discard(name)
-                conditions.note(RECONCILED, True, "Reconciled", "all is as configured")
-        await self._report(live, conditions)
+                findings.note(RECONCILED, True, "Reconciled", "all is as configured")
+        await self._report(live, findings)
         del self._failures[name]
         return again
 
-    async def _converge(self, live: Object, conditions: Conditions) -> float:
-        configuration = self._read(live, conditions)
+    async def _converge(self, live: Object, findings: Findings) -> float:
+        configuration = self._read(live, findings)
         server = configuration.proxy_server
         namespace = server.namespace
+        await self._check_alone(configuration, live)
         self._owned.look_after(
             configuration.name,
             namespace,
@@ -207,20 +187,29 @@ class ConfigurationReconciler:
             ],
         )
         await self._ensure_namespace(namespace)
-        address = await self._entrypoint(configuration, live, conditions)
-        owner = await self._main_owner(configuration)
+        address = await self._entrypoint(configuration, live, findings)
         now = self._clock()
-        leaves = wanted_leaves(configuration, address)
-        if configuration.signer_type is SignerType.SELF_SIGNED:
-            bundle = await self._sign(configuration, live, leaves, owner, now, conditions)
-        else:
-            bundle = await self._provided(configuration, leaves, now, conditions)
-        await self._deploy(configuration, live, bundle, conditions)
-        if configuration.signer_type is SignerType.SELF_SIGNED and configuration.name == _MAIN:
-            return await self._rotate(live, now)
-        return RESYNC_S
+        rotates = (
+            configuration.signer_type is SignerType.SELF_SIGNED
+            and configuration.name == MAIN_CONFIGURATION
+        )
+        seen = await self._progress.look(now) if rotates else None
+        bundle = await self._certificates.certify(
+            live,
+            configuration,
+            address,
+            await self._main_owner(configuration),
+            now,
+            self._contention(configuration),
+            findings,
+        )
+        await self._deploy(configuration, bundle, findings)
+        if seen is None:
+            findings.withdrawn.add(CA_ROTATION)
+            return RESYNC_S
+        return min(RESYNC_S, await self._progress.go_on(live, seen, now, findings))
 
-    def _read(self, live: Object, conditions: Conditions) -> ProxyConfiguration:
+    def _read(self, live: Object, findings: Findings) -> ProxyConfiguration:
         try:
             configuration = parse_configuration(live, signer_secret=self._signer.name)
         except InvalidConfiguration as error:
@@ -235,10 +224,27 @@ class ConfigurationReconciler:
         _, problem = self._tls()
         if problem:
             # The servers go on with the profile that was good.
-            conditions.note(VALID, False, "InvalidTLSProfile", problem)
+            findings.note(VALID, False, "InvalidTLSProfile", problem)
         else:
-            conditions.note(VALID, True, "Valid", "")
+            findings.note(VALID, True, "Valid", "")
         return configuration
+
+    async def _check_alone(self, configuration: ProxyConfiguration, live: Object) -> None:
+        """Most names are the same for all configurations: of several in a namespace the oldest has it.
+
+        Raises:
+          Blocked: another one has it.
+        """
+        step = partial(self._api.list, MANAGED_PROXY_CONFIGURATIONS)
+        for other in (await patiently(step)).items:
+            namespace = text_at(other, "spec", "proxyServer", "namespace") or DEFAULT_NAMESPACE
+            if namespace == configuration.proxy_server.namespace and _age(other) < _age(live):
+                raise Blocked(
+                    VALID,
+                    "NamespaceTaken",
+                    f"spec.proxyServer.namespace: {namespace} is that of ManagedProxyConfiguration "
+                    f"{text_at(other, 'metadata', 'name')} already: choose another one",
+                )
 
     async def _ensure_namespace(self, namespace: str) -> None:
         if await self._find(NAMESPACES, namespace) is None:
@@ -252,12 +258,12 @@ class ConfigurationReconciler:
             _log.info("created namespace %s", namespace)
 
     async def _entrypoint(
-        self, configuration: ProxyConfiguration, live: Object, conditions: Conditions
+        self, configuration: ProxyConfiguration, live: Object, findings: Findings
     ) -> str:
         """Return the load balancer's address, or nothing where there is no load balancer."""
         entrypoint = configuration.proxy_server.entrypoint
         if entrypoint.type is not EntrypointType.LOAD_BALANCER:
-            conditions.note(ENTRYPOINT, True, "NotNeeded", f"the entrypoint is {entrypoint.type}")
+            findings.note(ENTRYPOINT, True, "NotNeeded", f"the entrypoint is {entrypoint.type}")
             return ""
         namespace, name = configuration.proxy_server.namespace, entrypoint.load_balancer_name
         service = await self._find(SERVICES, name, namespace)
@@ -267,10 +273,20 @@ class ConfigurationReconciler:
                 self._events.note(live, "Warning", "InvalidAnnotation", str(problem))
             service = await self._api.create(SERVICES, wanted)
             _log.info("created load balancer service %s/%s", namespace, name)
+        if (
+            text_at(service, "spec", "type") != "LoadBalancer"
+            or map_at(service, "spec", "selector") != SELECTOR
+        ):
+            raise Blocked(
+                ENTRYPOINT,
+                "NameTaken",
+                f"Service {namespace}/{name} is there already and is not a load balancer of the proxy servers: delete it, or "
+                "name another one in spec.proxyServer.entrypoint.loadBalancerService.name",
+            )
         for ingress in list_at(service, "status", "loadBalancer", "ingress"):
             address = text_at(ingress, "ip") or text_at(ingress, "hostname")
             if address:
-                conditions.note(ENTRYPOINT, True, "Provisioned", address)
+                findings.note(ENTRYPOINT, True, "Provisioned", address)
                 return address
         raise Blocked(
             ENTRYPOINT,
@@ -280,149 +296,54 @@ class ConfigurationReconciler:
 
     async def _main_owner(self, configuration: ProxyConfiguration) -> Object | None:
         """Return the owner of CA and certificates: the configuration ``cluster-proxy``, whoever they are for."""
-        if configuration.name == _MAIN:
+        if configuration.name == MAIN_CONFIGURATION:
             return owner_reference(configuration)
-        main = await self._find(MANAGED_PROXY_CONFIGURATIONS, _MAIN)
+        main = await self._find(MANAGED_PROXY_CONFIGURATIONS, MAIN_CONFIGURATION)
         if main is None:
             return None
         return {
             **owner_reference(configuration),
-            "name": _MAIN,
+            "name": MAIN_CONFIGURATION,
             "uid": main["metadata"]["uid"],
         }
-
-    # -- certificates ------------------------------------------------------------------------------
-
-    async def _sign(
-        self,
-        configuration: ProxyConfiguration,
-        live: Object,
-        leaves: dict[str, Leaf],
-        owner: Object | None,
-        now: datetime,
-        conditions: Conditions,
-    ) -> bytes:
-        try:
-            state = await patiently(partial(self._signer.state, owner, now))
-        except SignerInvalid as error:
-            raise Blocked(_SERVER_SIGNED, "SignerInvalid", str(error)) from error
-        if state.authority.expired(now):
-            # The rotation replaces it at once.
-            expired = go_time(state.authority.certificate.not_valid_after_utc)
-            await self._signer.advance(now, bundle_delivered=True, previous_unused=True)
-            self._events.note(
-                live,
-                "Warning",
-                "CAExpired",
-                f"the certificate authority in Secret {self._signer.namespace}/{self._signer.name} expired at {expired} and "
-                "was replaced: whoever has an older ca.crt needs the new one",
-            )
-            state = await self._signer.state(owner, now)
-        namespace = configuration.proxy_server.namespace
-        contention = self._contention(configuration)
-        for name, leaf in leaves.items():
-            try:
-                end, issued = await patiently(
-                    partial(
-                        ensure_leaf,
-                        self._api,
-                        namespace,
-                        name,
-                        leaf,
-                        state.authority,
-                        owner=owner,
-                        now=now,
-                        contention=contention,
-                    )
-                )
-            except ConflictingWriter as error:
-                kind = _condition_of(configuration, name)
-                conditions.note(kind, False, "ConflictingWriter", str(error))
-                conditions.contended.append(error)
-                continue
-            except CertificateError as error:
-                raise Blocked(
-                    _condition_of(configuration, name), "NotYetSigned", str(error)
-                ) from error
-            self._note_certificate(configuration, name, end, conditions)
-            if issued is not None:
-                self._metrics.certificates_issued_total.labels(name).inc()
-        return state.bundle()
-
-    async def _provided(
-        self,
-        configuration: ProxyConfiguration,
-        leaves: dict[str, Leaf],
-        now: datetime,
-        conditions: Conditions,
-    ) -> bytes:
-        namespace = configuration.proxy_server.namespace
-        secret = await self._find(SECRETS, PROXY_SERVER_CA_SECRET, namespace)
-        bundle = secret_data(secret or {}).get("ca.crt", b"")
-        try:
-            trusted = load_certificates(bundle, "ca.crt")
-        except CertificateError as error:
-            raise Blocked(
-                _SERVER_SIGNED,
-                "NotYetProvided",
-                f"Secret {namespace}/{PROXY_SERVER_CA_SECRET}: {error}; provide the CAs to be trusted there",
-            ) from error
-        problems: list[str] = []
-        for name, leaf in leaves.items():
-            secret = await self._find(SECRETS, name, namespace)
-            data = secret_data(secret or {})
-            problem = "is not there" if secret is None else why_unusable(data, leaf, trusted, now)
-            if problem is None:
-                self._note_certificate(configuration, name, not_after(data["tls.crt"]), conditions)
-                continue
-            problems.append(f"Secret {namespace}/{name}: {problem}")
-            kind = _condition_of(configuration, name)
-            conditions.note(kind, False, "NotYetProvided", problems[-1])
-        if problems:
-            raise Blocked(VALID, "NotYetProvided", "; ".join(problems))
-        return bundle
-
-    def _note_certificate(
-        self,
-        configuration: ProxyConfiguration,
-        name: str,
-        end: datetime,
-        conditions: Conditions,
-    ) -> None:
-        namespace = configuration.proxy_server.namespace
-        self._metrics.certificate_expiry_seconds.labels(namespace, name).set(end.timestamp())
-        kind = _condition_of(configuration, name)
-        conditions.note(kind, True, "SuccessfullySigned", f"Expiry:{go_time(end)}")
 
     # -- objects -----------------------------------------------------------------------------------
 
     async def _deploy(
-        self, configuration: ProxyConfiguration, live: Object, bundle: bytes, conditions: Conditions
+        self, configuration: ProxyConfiguration, bundle: bytes, findings: Findings
     ) -> None:
+        """See to all other objects."""
         profile, _ = self._tls()
-        contention = self._contention(configuration)
+        if profile is None:
+            # Not known, after a restart: what the servers have was good once.
+            present = await self._find(
+                DEPLOYMENTS, configuration.name, configuration.proxy_server.namespace
+            )
+            profile = tls_of(present or {})
+        account = await self._find(
+            SERVICE_ACCOUNTS, SERVICE_ACCOUNT, configuration.proxy_server.namespace
+        )
         for resource, rendered in hub_objects(
             configuration,
             bundle,
+            pull_secrets=list_at(account or {}, "imagePullSecrets"),
             tls_min_version=profile.min_version,
             cipher_suites=profile.cipher_suites,
             image_pull_policy=self._image_pull_policy,
         ):
-            provided = configuration.signer_type is SignerType.PROVIDED
-            if provided and rendered["metadata"]["name"] == PROXY_SERVER_CA_SECRET:
+            if resource is SECRETS and configuration.signer_type is SignerType.PROVIDED:
                 continue
+            step = partial(ensure, self._api, resource, rendered, self._contention(configuration))
             try:
-                present = await patiently(
-                    partial(ensure, self._api, resource, rendered, contention)
-                )
+                present = await patiently(step)
             except ConflictingWriter as error:
-                conditions.contended.append(error)
+                findings.contended.append(error)
                 if resource is DEPLOYMENTS:
-                    conditions.note(DEPLOYED, False, "ConflictingWriter", str(error))
+                    findings.note(DEPLOYED, False, "ConflictingWriter", str(error))
                 continue
             if resource is DEPLOYMENTS:
                 replicas = value_at(present, "status", "replicas") or 0
-                conditions.note(DEPLOYED, True, "SuccessfullyDeployed", f"Replicas: {replicas}")
+                findings.note(DEPLOYED, True, "SuccessfullyDeployed", f"Replicas: {replicas}")
 
     async def _find(
         self, resource: Resource, name: str, namespace: str | None = None
@@ -432,30 +353,18 @@ class ConfigurationReconciler:
     def _contention(self, configuration: ProxyConfiguration) -> Contention:
         return self._contentions.setdefault(configuration.name, Contention())
 
-    async def _rotate(self, live: Object, now: datetime) -> float:
-        """Take the next step of the CA's rotation if it is due; return seconds until there may be another."""
-        # The secret that servers and clients trust by was written just before. How long it takes to get to
-        # them, and to the agents, is what the overlap is for.
-        done, seconds = await self._signer.advance(
-            now, bundle_delivered=True, previous_unused=False
-        )
-        if done is not None:
-            self._events.note(
-                live, "Normal", "CARotation", f"rotation of the certificate authority: {done}"
-            )
-        return min(seconds, RESYNC_S)
-
-    async def _report(self, live: Object, conditions: Conditions) -> None:
+    async def _report(self, live: Object, findings: Findings) -> None:
         """Write status if there is something new to tell."""
         generation = value_at(live, "metadata", "generation") or 0
         status = dict(map_at(live, "status"))
         merged = merge_conditions(
             status.get("conditions"),
-            conditions.found,
+            findings.conditions,
             now=self._clock(),
             generation=generation,
             # Of what is not asked for any more nothing is to be told.
-            withdrawn=() if value_at(live, "spec", "userServer") is not None else (_USER_SIGNED,),
+            withdrawn=findings.withdrawn
+            | (set() if value_at(live, "spec", "userServer") is not None else {USER_SIGNED}),
         )
         if (
             merged == status.get("conditions")
@@ -469,11 +378,7 @@ class ConfigurationReconciler:
         )
 
 
-def _condition_of(configuration: ProxyConfiguration, secret: str) -> str:
-    names = configuration.secrets
-    return {
-        names.proxy_server: _SERVER_SIGNED,
-        names.agent_server: "AgentServerSecretSigned",
-        names.proxy_client: "ProxyClientSecretSigned",
-        USER_SERVER_SECRET: _USER_SIGNED,
-    }[secret]
+def _age(configuration: Object) -> tuple[str, str]:
+    return text_at(configuration, "metadata", "creationTimestamp"), text_at(
+        configuration, "metadata", "name"
+    )

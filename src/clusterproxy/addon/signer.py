@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-import math
 from typing import TYPE_CHECKING
+
+import attrs
 
 from clusterproxy.errors import AlreadyExists, ClusterProxyError
 from clusterproxy.kube.resource import SECRETS, map_at
 
-from .ca_rotation import Phase, Rotation, State, step
+from .ca_rotation import Rotation, State, step
 from .leaves import add_owner, encoded, secret_data
 from .objects import find
 
@@ -24,6 +26,14 @@ _log = logging.getLogger("clusterproxy.addon")
 
 class SignerInvalid(ClusterProxyError):
     """What the CA's secret holds cannot be used; the text says where and what to do."""
+
+
+@attrs.frozen
+class Sight:
+    """The CA's secret as it was at some time, and what it holds."""
+
+    secret: Object = attrs.field(repr=False)
+    state: State
 
 
 class Signer:
@@ -81,27 +91,34 @@ class Signer:
         except ClusterProxyError as error:
             raise SignerInvalid(f"Secret {self.namespace}/{self.name}: {error}") from error
 
-    async def advance(
-        self, now: datetime, *, bundle_delivered: bool, previous_unused: bool
-    ) -> tuple[Phase | None, float]:
-        """Take the next step of a rotation if it is due.
-
-        Returns:
-          The phase that has begun, None for none; and in how many seconds there may be another step, infinity if
-          that is not known.
+    async def look(self) -> Sight | None:
+        """Return what the secret holds, None if there is no secret.
 
         Raises:
-          SignerInvalid: the secret cannot be used.
-          KubeError: what the apiserver says; :class:`Conflict` if the secret was changed meanwhile.
+          SignerInvalid: the secret is there and cannot be used.
+          KubeError: what the apiserver says.
         """
-        secret = await self._api.get(SECRETS, self.name, self.namespace)
-        state = self._read(secret)
-        following = step(
-            state, now, bundle_delivered=bundle_delivered, previous_unused=previous_unused
-        )
+        secret = await find(self._api, SECRETS, self.name, self.namespace)
+        return None if secret is None else Sight(secret, self._read(secret))
+
+    async def advance(
+        self, sight: Sight, now: datetime, *, delivered: bool, previous_unused: bool
+    ) -> bool:
+        """Take the step of a rotation that is due; return whether one was.
+
+        Args:
+          sight: what *delivered* and *previous_unused* are about.
+          now: the time.
+          delivered, previous_unused: see :func:`~.ca_rotation.step`.
+
+        Raises:
+          KubeError: what the apiserver says; :class:`Conflict` if the secret is another than that of *sight*.
+        """
+        following = step(sight.state, now, delivered=delivered, previous_unused=previous_unused)
         if following is None:
-            return None, _seconds_left(state, now)
+            return False
         data, annotations = following.write()
+        secret = copy.deepcopy(sight.secret)
         kept = {
             key: value for key, value in map_at(secret, "data").items() if key not in Rotation.KEYS
         }
@@ -113,13 +130,11 @@ class Signer:
         }
         secret["metadata"]["annotations"] = {**foreign, **annotations}
         await self._api.replace(SECRETS, secret)
-        _log.warning("certificate authority %s/%s: %s", self.namespace, self.name, following.phase)
-        return following.phase, 0.0
-
-
-def _seconds_left(state: State, now: datetime) -> float:
-    """Return how long the phase has to last yet."""
-    if state.began is None or state.phase is Phase.STEADY:
-        return math.inf
-    left = (state.began + state.overlap - now).total_seconds()
-    return left if left > 0 else math.inf
+        _log.warning(
+            "certificate authority %s/%s: %s, %s",
+            self.namespace,
+            self.name,
+            following.phase,
+            "which all have" if following.since else "which not all have yet",
+        )
+        return True

@@ -8,6 +8,7 @@ import random
 from functools import partial
 from typing import TYPE_CHECKING, Final, Never, cast
 
+import attrs
 import trio
 
 from clusterproxy.errors import ClusterProxyError
@@ -27,6 +28,10 @@ _JITTER: Final = 0.1
 # What is waited after a duplicate while a server is missing; it doubles with each further one.
 _HURRY_S: Final = 0.1
 
+# Sessions through one address whose server leaves: enough for servers that are all replaced twice while they
+# may still end what is open, and a bound where whoever answers sends everybody away.
+_LEAVING: Final = 16
+
 _EXPECTED: Final = (
     OSError,
     ClusterProxyError,
@@ -42,6 +47,14 @@ _EXPECTED: Final = (
 DRAIN_IDLE_S: Final = 10.0
 
 
+@attrs.frozen(eq=False)
+class _Departure:
+    """A session whose server leaves: what it was opened by, and what ends it."""
+
+    address: tuple[str, int]
+    scope: trio.CancelScope
+
+
 class Servers:
     """The sessions of one agent (upstream: pkg/agent/clientset.go).
 
@@ -50,7 +63,9 @@ class Servers:
     have answered as there are.
 
     A server that announces its end is counted no more: another one is looked for at once, while its session
-    goes on with what is open.
+    goes on with what is open. Of those through one address only so many are kept, for some go-between may
+    announce the end of everything: then the oldest that is idle is closed, and while none is, the address is not
+    tried. A server that leaves in the moment in which it is connected to counts as one that is away.
 
     Args:
       leases: counts the servers, where that is not left to their own word.
@@ -72,7 +87,11 @@ class Servers:
         self._attempted = -math.inf
         self._wake = trio.Event()
         self.sessions: dict[str, Session] = {}
-        self._leaving: set[Session] = set()
+        # The oldest first.
+        self._leaving: dict[Session, _Departure] = {}
+        # The session of the last attempt, and whether its server left before the next one was due.
+        self._newest: Session | None = None
+        self._sent_away = False
         self.draining = False
         self._wanted()
 
@@ -93,14 +112,17 @@ class Servers:
         wait = config.sync_interval_s
         async with trio.open_nursery() as nursery:
             while True:
+                self._newest, self._sent_away = None, False
                 address = self._next()
+                pause = wait
                 if address is None or await self._connect(address, nursery):
-                    wait = config.sync_interval_s
-                    pause = self._interval()
-                else:
-                    pause = wait
-                    wait = min(wait * _BACKOFF, config.sync_interval_cap_s)
-                await self._pause(pause * (1 + _JITTER * random.random()))  # noqa: S311
+                    await self._pause(self._interval() * _jitter())
+                    if not self._sent_away:
+                        wait = config.sync_interval_s
+                        continue
+                    pause -= config.sync_interval_s
+                wait = min(wait * _BACKOFF, config.sync_interval_cap_s)
+                await self._pause(pause * _jitter())
 
     async def _pause(self, seconds: float) -> None:
         """Wait for the next attempt, and no longer when a server leaves.
@@ -148,11 +170,22 @@ class Servers:
         missing = len(self.sessions) < self._wanted()
         if not fresh and not missing and not self._state.config.sync_forever:
             return None
-        chosen = (fresh or self._addresses)[0]
+        possible = [address for address in fresh or self._addresses if not self._full(address)]
+        if not possible:
+            return None
+        chosen = possible[0]
         # The next attempt begins behind this one.
         self._addresses.remove(chosen)
         self._addresses.append(chosen)
         return chosen
+
+    def _full(self, address: tuple[str, int]) -> bool:
+        """Whether so many sessions through an address leave that there is no room for another."""
+        sessions = self._departed(address)
+        return len(sessions) >= _LEAVING and all(session.busy for session in sessions)
+
+    def _departed(self, address: tuple[str, int]) -> list[Session]:
+        return [session for session, one in self._leaving.items() if one.address == address]
 
     async def _connect(self, address: tuple[str, int], nursery: trio.Nursery) -> bool:
         """Try to open a session; return False after an error. A duplicate is none."""
@@ -176,13 +209,14 @@ class Servers:
                     started = True
                     task_status.started(True)
                     return
-                self._add(session)
-                started = True
-                task_status.started(True)
-                try:
-                    await session.run()
-                finally:
-                    self._remove(session)
+                with trio.CancelScope() as scope:
+                    self._add(session, _Departure(address, scope))
+                    started = True
+                    task_status.started(True)
+                    try:
+                        await session.run()
+                    finally:
+                        self._remove(session)
         except* _EXPECTED as group:
             self._report(address, _leaf(group))
         except* Exception:
@@ -195,7 +229,8 @@ class Servers:
         metrics.server_connection_failure_count.labels("to_server").inc()
         _log.warning("cannot connect to server %s:%d: %s", *address, error)
 
-    def _add(self, session: Session) -> None:
+    def _add(self, session: Session, departure: _Departure) -> None:
+        self._newest = session
         self.sessions[session.server_id] = session
         # The answer of a duplicate does not count (upstream: connectOnce).
         self._count = max(1, session.server_count)
@@ -209,22 +244,27 @@ class Servers:
         if self.draining:
             session.drain()
         if session.leaving:
-            self._leave(session)
+            self._leave(session, departure)
         else:
-            session.on_leave = partial(self._leave, session)
+            session.on_leave = partial(self._leave, session, departure)
 
-    def _leave(self, session: Session) -> None:
+    def _leave(self, session: Session, departure: _Departure) -> None:
         del self.sessions[session.server_id]
-        self._leaving.add(session)
+        self._leaving[session] = departure
+        self._sent_away = self._sent_away or session is self._newest
         self._duplicates = 0
         self._wake.set()
         _log.info("server leaves", extra={"server_id": session.server_id})
+        sessions = self._departed(departure.address)
+        idle = next((one for one in sessions if not one.busy), None)
+        if len(sessions) > _LEAVING and idle is not None:
+            self._leaving[idle].scope.cancel()
 
     def _remove(self, session: Session) -> None:
         session.on_leave = lambda: None
         expected = session in self._leaving
         if expected:
-            self._leaving.discard(session)
+            del self._leaving[session]
         else:
             del self.sessions[session.server_id]
             self._duplicates = 0
@@ -253,6 +293,10 @@ class Servers:
             if trio.current_time() - idle_since >= DRAIN_IDLE_S:
                 return
             await trio.sleep(min(1.0, idle_since + DRAIN_IDLE_S - trio.current_time()))
+
+
+def _jitter() -> float:
+    return 1 + _JITTER * random.random()  # noqa: S311  a pause, not a secret
 
 
 def _leaf(error: BaseException) -> BaseException:

@@ -123,6 +123,15 @@ class Http2Connection:
         self.h2.initiate_connection()
         self.h2.increment_flow_control_window(limits.connection_window - 65535)
 
+    @property
+    def peer_host(self) -> str:
+        """The peer's IP address, or nothing: on a Unix socket, and when the connection is gone."""
+        try:
+            name: Any = self._transport.sock.getpeername()
+        except OSError:
+            return ""
+        return "" if isinstance(name, (str, bytes)) else str(name[0])
+
     # -- life --------------------------------------------------------------------------------------
 
     async def run(self) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import random
 import socket
+import time
 import uuid
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -24,6 +24,7 @@ from clusterproxy.errors import (
     NotFound,
 )
 
+from .lease import micro_time
 from .resource import LEASES, text_at, value_at
 
 if TYPE_CHECKING:
@@ -118,7 +119,19 @@ class LeaderElection:
                     lost = await self._hold()
                     nursery.cancel_scope.cancel()
 
+                async def watch_the_clock() -> None:
+                    # Not by a deadline around the request: a name that is looked up cannot be given up.
+                    nonlocal lost
+                    while True:
+                        end = self._renewed_at + self._times.renew_deadline
+                        if end <= trio.current_time():
+                            break
+                        await trio.sleep_until(end)
+                    lost = f"not renewed within {self._times.renew_deadline:g} s: {self._trouble}"
+                    nursery.cancel_scope.cancel()
+
                 nursery.start_soon(hold)
+                nursery.start_soon(watch_the_clock)
                 try:
                     await work()
                 except Exception as error:
@@ -144,18 +157,11 @@ class LeaderElection:
         self._note("became leader")
 
     async def _hold(self) -> str:
-        """Renew the lease; return why that has failed."""
+        """Renew the lease until another one has it; return who."""
         while True:
-            deadline = self._renewed_at + self._times.renew_deadline
-            renewed = False
-            with trio.move_on_at(deadline):
-                await trio.sleep(self._times.retry_period)
-                while not (renewed := await self._try()):
-                    if self._holder not in ("", self._identity):
-                        return f"taken by {self._holder}"
-                    await trio.sleep(self._times.retry_period)
-            if not renewed:
-                return f"not renewed within {self._times.renew_deadline:g} s: {self._trouble}"
+            await trio.sleep(self._times.retry_period)
+            if not await self._try() and self._holder not in ("", self._identity):
+                return f"taken by {self._holder}"
 
     @property
     def _holder(self) -> str:
@@ -211,7 +217,7 @@ class LeaderElection:
         return seconds if isinstance(seconds, int) else self._times.lease
 
     def _lease_of_ours(self) -> Object:
-        now = _micro_time()
+        now = micro_time(time.time())
         spec: Object = {
             **(value_at(self._lease, "spec") or {}),
             "holderIdentity": self._identity,
@@ -248,7 +254,7 @@ class LeaderElection:
 
     async def _release(self) -> None:
         """Let another one lead at once (leaderelection.go: release)."""
-        now = _micro_time()
+        now = micro_time(time.time())
         try:
             await self._look()
             if self._holder != self._identity:
@@ -276,8 +282,3 @@ class LeaderElection:
     def _note(self, what: str) -> None:
         if self._events is not None and self._lease:
             self._events.note(self._lease, "Normal", "LeaderElection", f"{self._identity} {what}")
-
-
-def _micro_time() -> str:
-    """Return now as metav1.MicroTime has it."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

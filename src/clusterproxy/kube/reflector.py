@@ -43,6 +43,7 @@ class Reflector:
     Attributes:
       items: the objects, by namespace (empty for those without) and name. Not to be changed.
       synced: set once the collection was listed.
+      trouble: what keeps it from being up to date, empty if nothing.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Reflector:
         self._versions: dict[Key, str] = {}
         self._version = ""
         self._pause = _BACKOFF_MIN_S
-        self._trouble = ""
+        self.trouble = ""
         self.items: dict[Key, Object] = {}
         self.synced = trio.Event()
 
@@ -187,15 +188,15 @@ class Reflector:
         }
 
     def _report(self, error: KubeError) -> None:
-        if error.message == self._trouble:
+        if error.message == self.trouble:
             _log.debug("%s", error)
             return
-        self._trouble = error.message
+        self.trouble = error.message
         _log.warning("%s not up to date, trying again: %s", self._resource.qualified, error)
 
     def _recovered(self) -> None:
-        if self._trouble:
-            self._trouble = ""
+        if self.trouble:
+            self.trouble = ""
             _log.info("%s up to date again", self._resource.qualified)
 
     async def _back_off(self) -> None:

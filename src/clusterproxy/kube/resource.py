@@ -105,3 +105,41 @@ MANAGED_PROXY_CONFIGURATIONS: Final = Resource(
 CLUSTER_PROFILES: Final = Resource(
     "multicluster.x-k8s.io", "v1alpha1", "clusterprofiles", "ClusterProfile"
 )
+CLUSTER_ROLES: Final = Resource(
+    "rbac.authorization.k8s.io", "v1", "clusterroles", "ClusterRole", namespaced=False
+)
+CLUSTER_ROLE_BINDINGS: Final = Resource(
+    "rbac.authorization.k8s.io", "v1", "clusterrolebindings", "ClusterRoleBinding", namespaced=False
+)
+CERTIFICATE_SIGNING_REQUESTS: Final = Resource(
+    "certificates.k8s.io",
+    "v1",
+    "certificatesigningrequests",
+    "CertificateSigningRequest",
+    namespaced=False,
+)
+MANAGED_CLUSTERS: Final = Resource(
+    "cluster.open-cluster-management.io",
+    "v1",
+    "managedclusters",
+    "ManagedCluster",
+    namespaced=False,
+)
+MANIFEST_WORKS: Final = Resource(
+    "work.open-cluster-management.io", "v1", "manifestworks", "ManifestWork"
+)
+
+# Of the add-on API a hub serves v1alpha1, and v1beta1 if it is not old.
+MANAGED_CLUSTER_ADDONS: Final = Resource(
+    "addon.open-cluster-management.io", "v1beta1", "managedclusteraddons", "ManagedClusterAddOn"
+)
+CLUSTER_MANAGEMENT_ADDONS: Final = Resource(
+    "addon.open-cluster-management.io",
+    "v1beta1",
+    "clustermanagementaddons",
+    "ClusterManagementAddOn",
+    namespaced=False,
+)
+ADDON_DEPLOYMENT_CONFIGS: Final = Resource(
+    "addon.open-cluster-management.io", "v1beta1", "addondeploymentconfigs", "AddOnDeploymentConfig"
+)

@@ -38,8 +38,10 @@ _files: Any = kube_config
 # As client-go (transport/token_source.go: cachingTokenSource).
 _TOKEN_PERIOD_S: Final = 60.0
 
-#: Idle connections that are kept; as many calls run at once.
+#: As many calls run at once.
 POOL_SIZE: Final = 16
+# Idle connections that are kept. A watch has one as well; what is too much is closed, of which urllib3 warns.
+_IDLE: Final = 64
 
 
 @attrs.frozen(eq=False)
@@ -138,7 +140,7 @@ def _load(kubeconfig: str, configuration: Configuration) -> urllib3.PoolManager:
         raise ConfigError("kubeconfig", f"not an HTTP proxy: {configuration.proxy}")
     if parts.scheme == "https":
         _check_certificates(configuration)
-    configuration.connection_pool_maxsize = POOL_SIZE
+    configuration.connection_pool_maxsize = _IDLE
     return RESTClientObject(configuration).pool_manager
 
 

@@ -33,7 +33,7 @@ from .frontend import frontend_opener
 from .leases import ServerLease
 from .state import PacketCounters, ServerState
 from .status import status_route
-from .token_authentication import TokenReviews, authenticated_opener
+from .token_authentication import TokenReviews, authenticated_opener, end_strangers
 
 if TYPE_CHECKING:
     import socket
@@ -211,6 +211,8 @@ class ProxyServer:
             nursery.start_soon(self._agent_tls.watch)
             if self._client_tls is not None:
                 nursery.start_soon(self._client_tls.watch)
+            if config.authenticates_agents:
+                nursery.start_soon(end_strangers, self.agents.connections, self.state.pool)
             nursery.start_soon(keep_alive, self.agents.connections, config.keepalive_time_s)
             nursery.start_soon(
                 keep_alive, self.frontends.connections, config.frontend_keepalive_time_s
@@ -233,7 +235,7 @@ class ProxyServer:
                 take_leave,
                 self.state.pool,
                 self.frontends.connections,
-                self.config.graceful_shutdown_timeout_s / 2,
+                self.config.graceful_shutdown_timeout_s,
             )
             await self._idle.wait()
             nursery.cancel_scope.cancel()

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from clusterproxy.tunnel.identifiers import destination_host
+
 if TYPE_CHECKING:
     from clusterproxy.telemetry.server_metrics import ServerMetrics
 
@@ -33,6 +35,7 @@ class Arrivals:
         self._until = trio.current_time() + timeout_s if timeout_s else 0.0
         # One for each dial that waits.
         self._scopes: set[trio.CancelScope] = set()
+        # By the host that is dialled, which is all that backends are chosen by.
         self._waiting: dict[str, trio.lowlevel.ParkingLot] = {}
         pool.on_add = self._look
 
@@ -63,7 +66,7 @@ class Arrivals:
         try:
             with scope:
                 while backend is None:
-                    await self._agent(address)
+                    await self._agent(destination_host(address))
                     backend = self._pool.choose(address)
         except trio.Cancelled:
             self._metrics.dial_failure_count.labels("frontend_close").inc()
@@ -73,16 +76,17 @@ class Arrivals:
             self._metrics.pending_backend_dials.dec()
         return backend
 
-    async def _agent(self, address: str) -> None:
-        lot = self._waiting.setdefault(address, trio.lowlevel.ParkingLot())
+    async def _agent(self, host: str) -> None:
+        lot = self._waiting.setdefault(host, trio.lowlevel.ParkingLot())
         try:
             await lot.park()
         finally:
-            if not lot and self._waiting.get(address) is lot:
-                del self._waiting[address]
+            if not lot and self._waiting.get(host) is lot:
+                del self._waiting[host]
 
-    def _look(self) -> None:
-        """An agent has connected: wake the dials that have one now."""
-        for address, lot in list(self._waiting.items()):
-            if self._pool.choose(address) is not None:
-                lot.unpark_all()
+    def _look(self, backend: Backend) -> None:
+        """An agent has connected: wake the dials that it is for."""
+        hosts = self._pool.reach(backend)
+        for host in list(self._waiting) if hosts is None else hosts:
+            if host in self._waiting:
+                self._waiting[host].unpark_all()

@@ -27,8 +27,8 @@ class Strategy:
         self, name: str, keys: Callable[[Backend], Iterable[str]], *, by_host: bool
     ) -> None:
         self.name = name
-        self._keys = keys
-        self._by_host = by_host
+        self.keys = keys
+        self.by_host = by_host
         self._table: dict[str, dict[str, list[Backend]]] = {}
 
     def __len__(self) -> int:
@@ -36,11 +36,11 @@ class Strategy:
         return len(self._table)
 
     def add(self, backend: Backend) -> None:
-        for key in self._keys(backend):
+        for key in self.keys(backend):
             self._table.setdefault(key, {}).setdefault(backend.agent_id, []).append(backend)
 
     def remove(self, backend: Backend) -> None:
-        for key in self._keys(backend):
+        for key in self.keys(backend):
             agents = self._table.get(key, {})
             streams = agents.get(backend.agent_id, [])
             if backend in streams:
@@ -52,7 +52,7 @@ class Strategy:
 
     def choose(self, host: str) -> Backend | None:
         """Return a backend for *host*: any agent that has it, at random, draining ones last."""
-        if self._by_host:
+        if self.by_host:
             agents = list(self._table.get(host, {}).values())
         else:
             agents = [streams for group in self._table.values() for streams in group.values()]
@@ -84,7 +84,7 @@ class BackendPool:
     """All backends of a server, under each of its strategies in turn.
 
     Attributes:
-      on_add: called when there is another one.
+      on_add: called with each that comes.
     """
 
     def __init__(self, strategies: Iterable[str], metrics: ServerMetrics) -> None:
@@ -96,7 +96,7 @@ class BackendPool:
         self._strategies = [makers[name]() for name in strategies]
         self._metrics = metrics
         self.backends: set[Backend] = set()
-        self.on_add: Callable[[], None] = lambda: None
+        self.on_add: Callable[[Backend], None] = lambda _: None
         self._count()
 
     @property
@@ -109,7 +109,7 @@ class BackendPool:
         for strategy in self._strategies:
             strategy.add(backend)
         self._count()
-        self.on_add()
+        self.on_add(backend)
 
     def remove(self, backend: Backend) -> None:
         """Take a backend out; it may be out already."""
@@ -119,6 +119,17 @@ class BackendPool:
         for strategy in self._strategies:
             strategy.remove(backend)
         self._count()
+
+    def reach(self, backend: Backend) -> set[str] | None:
+        """Return the hosts that a backend may be chosen for, or None: all."""
+        hosts: set[str] = set()
+        for strategy in self._strategies:
+            keys = strategy.keys(backend)
+            if strategy.by_host:
+                hosts.update(keys)
+            elif tuple(keys):
+                return None
+        return hosts
 
     def choose(self, address: str) -> Backend | None:
         """Return the backend for a dialled address, or None: "No agent available"."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Never
 
 import trio
 
@@ -13,13 +13,16 @@ from clusterproxy.grpc import Status
 from clusterproxy.kube.resource import TOKEN_REVIEWS, Object, text_at, value_at
 
 from .backend import Backend, agent_id, identifiers
+from .review_queue import ReviewQueue, source_of
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Collection
 
+    from clusterproxy.http2.connection import Http2Connection
     from clusterproxy.kube.api import KubeApi
     from clusterproxy.rpc.server import ServerCall
 
+    from .backends import BackendPool
     from .config import ServerConfig
     from .state import ServerState
 
@@ -27,15 +30,21 @@ _log = logging.getLogger("clusterproxy.server")
 
 _SCHEME: Final = "Bearer "
 
-# Reviews at one time, and streams that wait for theirs: whoever reaches the port can ask for one, and
-# the lease is to be renewed all the same.
-_IN_FLIGHT: Final = 8
-_WAITING: Final = 2_000
+_REVIEW_S: Final = 10.0
 
-_REVIEW_S: Final = 30.0
+# How long a connection may have no accepted stream: more than a wait and a review take.
+_STRANGER_S: Final = 25.0
+
+# How often connections are looked at.
+_LOOK_S: Final = 1.0
 
 # Longer ones are cut: they go into a header, and into logs.
 _MAX_REASON: Final = 1024
+_MAX_AGENT_ID: Final = 256
+
+# A warning for each source in so many seconds, and for so many sources.
+_QUIET_S: Final = 5.0
+_LOUD: Final = 100
 
 # Less would garble the text, and is no token.
 _SHORTEST_SECRET: Final = 16
@@ -54,10 +63,13 @@ class TokenReviews:
     def __init__(self, api: KubeApi, config: ServerConfig) -> None:
         self._api = api
         self._config = config
-        self._limiter = trio.CapacityLimiter(_IN_FLIGHT)
+        self._queue = ReviewQueue()
 
-    async def check(self, token: str) -> None:
+    async def check(self, token: str, source: str) -> None:
         """Return if the token is that of the agents' service account.
+
+        Args:
+          source: where it comes from; sources share the reviews fairly.
 
         Raises:
           RPCError: it is not, or nobody can tell. The text never has the token.
@@ -66,8 +78,7 @@ class TokenReviews:
         """
         try:
             try:
-                with trio.fail_after(_REVIEW_S):
-                    self._judge(await self._review(token))
+                self._judge(await self._review(token, source))
             except KubeError as error:
                 raise _Rejected(f"Failed to authenticate request. err:{error}") from error
             except trio.TooSlowError as error:
@@ -81,19 +92,25 @@ class TokenReviews:
             text = f"Failed to validate authentication token, err:{reason[:_MAX_REASON]}"
             raise RPCError(Status.UNKNOWN, text) from None
 
-    async def _review(self, token: str) -> Object:
-        if self._limiter.statistics().tasks_waiting >= _WAITING:
+    async def _review(self, token: str, source: str) -> Object:
+        if not await self._queue.enter(source):
             raise _Rejected("Failed to authenticate request. err:too many agents wait for reviews")
-        async with self._limiter:
-            return await self._api.create(
-                TOKEN_REVIEWS,
-                {
-                    "apiVersion": TOKEN_REVIEWS.api_version,
-                    "kind": TOKEN_REVIEWS.kind,
-                    "metadata": {},
-                    "spec": {"token": token, "audiences": [self._config.authentication_audience]},
-                },
-            )
+        try:
+            with trio.fail_after(_REVIEW_S):
+                return await self._api.create(
+                    TOKEN_REVIEWS,
+                    {
+                        "apiVersion": TOKEN_REVIEWS.api_version,
+                        "kind": TOKEN_REVIEWS.kind,
+                        "metadata": {},
+                        "spec": {
+                            "token": token,
+                            "audiences": [self._config.authentication_audience],
+                        },
+                    },
+                )
+        finally:
+            self._queue.leave()
 
     def _judge(self, review: Object) -> None:
         config = self._config
@@ -131,23 +148,34 @@ def authenticated_opener(
     Until that is known the agent is told nothing, and may send nothing: it waits for the server's headers.
     """
 
+    refusals = _Refusals()
+    # Connections with a stream that waits for its review. One each: agents need no more.
+    waiting: set[Http2Connection] = set()
+
     def open_backend(call: ServerCall) -> Callable[[], Awaitable[None]]:
         # In upstream's order: who it says it is, then whether that may be.
         agent = agent_id(call)
         identifiers(call)
+        connection = call.connection
+        source = source_of(connection.peer_host)
         try:
             token = _token(call)
+            if connection in waiting:
+                raise RPCError(Status.UNKNOWN, "another stream here waits for its token's review")  # noqa: TRY301
         except RPCError as error:
-            _note(agent, error)
+            refusals.note(source, agent, error)
             raise
+        waiting.add(connection)
         call.on_half_close = call.finish
 
         async def serve() -> None:
             try:
-                await reviews.check(token)
+                await reviews.check(token, source)
             except RPCError as error:
-                _note(agent, error)
+                refusals.note(source, agent, error)
                 raise
+            finally:
+                waiting.discard(connection)
             # The agent may have gone in the moment of the answer.
             if not call.closed:
                 await Backend(state, call).run()
@@ -157,8 +185,45 @@ def authenticated_opener(
     return open_backend
 
 
-def _note(agent: str, error: RPCError) -> None:
-    _log.warning("agent refused: %s", error.message, extra={"agent_id": agent})
+async def end_strangers(connections: Collection[Http2Connection], pool: BackendPool) -> Never:
+    """End connections that have no accepted stream: anybody may open one and leave it at that.
+
+    Cancellation: at any time.
+    """
+    since: dict[Http2Connection, float] = {}
+    while True:
+        await trio.sleep(_LOOK_S)
+        now = trio.current_time()
+        accepted = {backend.call.connection for backend in pool.backends}
+        since = {one: since.get(one, now) for one in connections if one not in accepted}
+        for connection, begun in since.items():
+            if now - begun >= _STRANGER_S:
+                connection.fail("no agent was accepted")
+
+
+class _Refusals:
+    """Notes which agents are refused, in no more warnings than somebody can read: anybody can cause one."""
+
+    def __init__(self) -> None:
+        # When there was a warning about a source, the oldest first.
+        self._warned: dict[str, float] = {}
+        self._left_out = 0
+
+    def note(self, source: str, agent: str, error: RPCError) -> None:
+        now = trio.current_time()
+        warned = self._warned
+        while warned and now - next(iter(warned.values())) >= _QUIET_S:
+            del warned[next(iter(warned))]
+        text = error.message[:_MAX_REASON]
+        fields = {"agent_id": agent[:_MAX_AGENT_ID]}
+        if source in warned or len(warned) >= _LOUD:
+            self._left_out += 1
+            _log.debug("agent refused: %s", text, extra=fields)
+            return
+        warned[source] = now
+        more = f" (and {self._left_out} more)" if self._left_out else ""
+        self._left_out = 0
+        _log.warning("agent refused: %s%s", text, more, extra=fields)
 
 
 def _token(call: ServerCall) -> str:

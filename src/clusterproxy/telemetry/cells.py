@@ -89,6 +89,10 @@ class _Family(abc.ABC, Generic[ChildT]):
             child = self.children[values] = self._new_child()
         return child
 
+    def remove(self, *values: str) -> None:
+        """Expose the child with these label *values* no more, if there is one."""
+        self.children.pop(values, None)
+
 
 class Family(_Family[Cell]):
     """A counter or gauge. The short forms are for families without labels, and create the one child when first used."""
