@@ -263,7 +263,7 @@ async def test_no_dial_fails_while_servers_are_replaced(
                 at_end = traffic.done
                 await traffic.reach(at_end + 2 * AGENTS)
                 assert traffic.failures == [], "\n".join(traffic.failures)
-                assert at_end - before > AGENTS
+                assert at_end > before
             nursery.cancel_scope.cancel()
 
 
