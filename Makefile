@@ -2,7 +2,7 @@
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo setup test test-fast kube-servers coverage conformance check bench docs lock clean
+.PHONY: help demo setup test test-fast kube-servers coverage conformance check bench docs chart lock clean
 
 PYTHON ?= python3
 GO ?= go
@@ -31,7 +31,7 @@ test: $(READY) go-is-here kube-servers $(DEMO_CLIENT) coverage conformance ## al
 test-fast: $(READY) ## the tests that start no programs (no Go, under 90 s)
 	$(BIN)/python -m pytest -q -m 'not programs and not kube' --hypothesis-profile=fast $(PYTEST_ARGS)
 
-kube-servers: $(READY) go-is-here ## the Kubernetes of the tests, built once (4 to 8 minutes) and kept in the user's cache folder
+kube-servers: $(READY) go-is-here ## the Kubernetes and the OCM of the tests, built once (7 to 13 minutes) and kept in the user's cache folder
 	@PYTHONPATH=tests $(BIN)/python -m kube.build
 
 coverage: $(READY)
@@ -57,6 +57,10 @@ bench: $(READY) go-is-here ## measure beside the Go programs and others: verdict
 
 docs: $(READY) ## write docs/api.md and the pinned public surface anew
 	$(BIN)/python tests/public_surface.py
+
+chart: $(READY) go-is-here ## pack the Helm charts into dist/charts, with their index
+	@rm -rf dist/charts && mkdir -p dist/charts
+	PYTHONPATH=tests $(BIN)/python -m helm_programs dist/charts
 
 lock: ## write requirements/*.txt anew from pyproject.toml (needs uv)
 	$(UV) pip compile $(LOCK) pyproject.toml -o requirements/runtime.txt

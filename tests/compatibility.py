@@ -58,11 +58,11 @@ _PURPOSES: Final = {
 # -- document --------------------------------------------------------------------------------------
 
 
-def documented() -> set[Place]:
-    """Return the differences that the document lists, each below the heading of its object."""
+def documented(document: Path = _DOCUMENT) -> set[Place]:
+    """Return the differences that a document lists, each below the heading of its object."""
     found: set[Place] = set()
     kind = name = ""
-    for line in _DOCUMENT.read_text(encoding="utf-8").splitlines():
+    for line in document.read_text(encoding="utf-8").splitlines():
         if line.startswith("#"):
             heading = re.fullmatch("### ([A-Za-z]+) `(.+)`", line)
             kind, name = heading.groups() if heading else ("", "")
@@ -72,7 +72,7 @@ def documented() -> set[Place]:
             if cell.strip() == "all of it":
                 paths = [""]
             places = {(kind, name, path) for path in paths}
-            assert not places & found, f"twice in {_DOCUMENT.name}: {places & found}"
+            assert not places & found, f"twice in {document.name}: {places & found}"
             assert not paths or all(part.strip() for part in rest[:3]), f"half a row: {line}"
             found |= places
     return found

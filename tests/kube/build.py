@@ -1,4 +1,4 @@
-"""The programs of a control plane: kube-apiserver and kube-controller-manager from Go modules, etcd from the system.
+"""The programs of a control plane: Kubernetes' and Open Cluster Management's from Go modules, etcd from the system.
 
 ``python -m kube.build`` builds what is absent; tests only take what is there, for a build is longer than a test may be.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -18,12 +19,47 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import attrs
+
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-_SOURCES: Final = Path(__file__).with_name("apiserver")
 _CRD_MODULES: Final = Path(__file__).with_name("crd_modules")
 _SAY_EVERY_S: Final = 15.0
+
+
+@attrs.frozen(kw_only=True)
+class _Program:
+    """What a folder with a main.go beside its go.mod and go.sum is built into.
+
+    Attributes:
+      name: of the program and its folder in the cache.
+      module: whose version it has.
+      parts: what it is, for people.
+      build_time: likewise.
+    """
+
+    name: str
+    sources: Path
+    module: str
+    parts: str
+    build_time: str
+
+
+_KUBE: Final = _Program(
+    name="kube",
+    sources=Path(__file__).with_name("apiserver"),
+    module="k8s.io/kubernetes",
+    parts="kube-apiserver and kube-controller-manager",
+    build_time="4 to 8 minutes",
+)
+_OCM: Final = _Program(
+    name="ocm",
+    sources=Path(__file__).with_name("ocm"),
+    module="open-cluster-management.io/ocm",
+    parts="OCM's add-on manager, conversion webhook and placement controller",
+    build_time="3 to 5 minutes",
+)
 
 
 class MissingProgramError(RuntimeError):
@@ -59,66 +95,96 @@ def kube_program() -> Path:
     Raises:
       MissingProgramError: it is not built, or there is no Go.
     """
-    program = _program_path()
-    if not program.exists():
-        raise MissingProgramError("The tests' kube-apiserver is not built: make kube-servers")
-    return program
+    return _built(_KUBE)
+
+
+def ocm_program() -> Path:
+    """Return the built program, whose first argument says which of OCM's it is.
+
+    Raises:
+      MissingProgramError: it is not built, or there is no Go.
+    """
+    return _built(_OCM)
+
+
+@functools.cache
+def ocm_folder() -> Path:
+    """Return the files of OCM's own module, of the version of :func:`ocm_program`; downloads it if it was not yet."""
+    return _module_folder(_OCM.sources, _OCM.module)
 
 
 def module_folder(module: str) -> Path:
     """Return the files of a module that crd_modules/go.mod names; downloads it if it was not yet."""
-    answer: dict[str, Any] = json.loads(_go(_CRD_MODULES, "mod", "download", "-json", module))
-    return Path(answer["Dir"])
+    return _module_folder(_CRD_MODULES, module)
 
 
-def build() -> Path:
-    """Build the servers if they are not there, and say on stderr how far it is."""
-    program = _program_path()
+def build() -> None:
+    """Build the servers that are not there, and say on stderr how far it is."""
+    for program in (_KUBE, _OCM):
+        if not _path(program).exists():
+            _build(program)
+
+
+def _build(program: _Program) -> None:
+    path = _path(program)
     with _locked(cache_folder() / "build.lock"):
-        if program.exists():
-            return program
+        if path.exists():
+            # The build that this one waited for was the same.
+            return
         _say(
-            f"Building kube-apiserver and kube-controller-manager {_version()} from their Go modules: "
-            "once, 4 to 8 minutes on 2 cores."
+            f"Building {program.parts} {_version(program)} from their Go modules: "
+            f"once, {program.build_time} on 2 cores."
         )
-        packages = len(_go(_SOURCES, "list", "-deps", ".").splitlines())
-        program.parent.mkdir(parents=True, exist_ok=True)
-        part = program.with_name(f"{program.name}.{os.getpid()}")
+        packages = len(_go(program.sources, "list", "-deps", ".").splitlines())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}")
         try:
-            _compile(part, packages)
-            part.rename(program)
+            _compile(program, part, packages)
+            part.rename(path)
         finally:
             part.unlink(missing_ok=True)
-    return program
 
 
-def _version() -> str:
+def _built(program: _Program) -> Path:
+    path = _path(program)
+    if not path.exists():
+        raise MissingProgramError(f"The tests' {program.name} is not built: make kube-servers")
+    return path
+
+
+def _version(program: _Program) -> str:
     found = re.search(
-        r"^\tk8s\.io/kubernetes v(\S+)$", (_SOURCES / "go.mod").read_text(), re.MULTILINE
+        rf"^\t{re.escape(program.module)} v(\S+)$",
+        (program.sources / "go.mod").read_text(),
+        re.MULTILINE,
     )
     assert found is not None
     return found[1]
 
 
-def _program_path() -> Path:
+def _path(program: _Program) -> Path:
     key = hashlib.sha256()
     for name in ("go.mod", "go.sum", "main.go"):
-        key.update((_SOURCES / name).read_bytes())
-    key.update(_go(_SOURCES, "env", "GOVERSION", "GOARCH").encode())
-    return cache_folder() / f"kube-{_version()}-{key.hexdigest()[:16]}" / "kube"
+        key.update((program.sources / name).read_bytes())
+    key.update(_go(program.sources, "env", "GOVERSION", "GOARCH").encode())
+    folder = f"{program.name}-{_version(program)}-{key.hexdigest()[:16]}"
+    return cache_folder() / folder / program.name
 
 
-def _compile(output: Path, packages: int) -> None:
+def _compile(program: _Program, output: Path, packages: int) -> None:
     """Compile with a line now and then: Go names each package that it begins with, of *packages*."""
-    major, minor, _ = _version().split(".")
-    version = {"gitVersion": f"v{_version()}", "gitMajor": major, "gitMinor": minor}
-    flags = "".join(f" -X k8s.io/component-base/version.{k}={v}" for k, v in version.items())
-    command = ("go", "build", "-v", "-trimpath", f"-ldflags=-s -w{flags}", "-o", str(output), ".")
+    flags = "-s -w"
+    if program is _KUBE:
+        # It tells its version to everyone, and is none that a client knows without.
+        major, minor, _ = _version(program).split(".")
+        version = {"gitVersion": f"v{_version(program)}", "gitMajor": major, "gitMinor": minor}
+        flags += "".join(f" -X k8s.io/component-base/version.{k}={v}" for k, v in version.items())
+    command = ("go", "build", "-v", "-trimpath", f"-ldflags={flags}", "-o", str(output), ".")
     start = said = time.monotonic()
     begun = 0
     others: list[str] = []
     with subprocess.Popen(
-        command, cwd=_SOURCES, env=_environment(), stderr=subprocess.PIPE, text=True
+        command, cwd=program.sources, env=_environment(), stderr=subprocess.PIPE, text=True
     ) as go:
         assert go.stderr is not None
         for line in go.stderr:
@@ -130,8 +196,15 @@ def _compile(output: Path, packages: int) -> None:
                 said = time.monotonic()
                 _say(f"  {begun} of at most {packages} packages, {said - start:.0f} s")
     if go.returncode != 0:
-        raise MissingProgramError(f"{' '.join(command)} in {_SOURCES}:\n{''.join(others[-40:])}")
+        raise MissingProgramError(
+            f"{' '.join(command)} in {program.sources}:\n{''.join(others[-40:])}"
+        )
     _say(f"  built in {time.monotonic() - start:.0f} s: {output.parent}")
+
+
+def _module_folder(sources: Path, module: str) -> Path:
+    answer: dict[str, Any] = json.loads(_go(sources, "mod", "download", "-json", module))
+    return Path(answer["Dir"])
 
 
 def _environment() -> dict[str, str]:
@@ -141,9 +214,7 @@ def _environment() -> dict[str, str]:
 def _go(folder: Path, *arguments: str) -> str:
     # go.mod may ask for another version of Go than the one of another folder.
     if shutil.which("go") is None:
-        raise MissingProgramError(
-            "The tests' kube-apiserver is built by Go, which is not installed."
-        )
+        raise MissingProgramError("The tests' Kubernetes is built by Go, which is not installed.")
     done = subprocess.run(
         ("go", *arguments),
         cwd=folder,
@@ -180,6 +251,7 @@ def main() -> None:
         etcd_program()
         build()
         custom_resource_definitions()
+        ocm_folder()
     except MissingProgramError as error:
         sys.exit(str(error))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
 from kube.build import module_folder
+from kube.ocm_manifests import HUB, ocm_objects
 
 _OWN: Final = Path(__file__).parents[2] / "deploy" / "crds"
 _OCM: Final = "open-cluster-management.io/api"
@@ -45,6 +47,31 @@ def custom_resource_definitions() -> list[dict[str, Any]]:
         found[crd["spec"]["names"]["kind"]] = crd
     absent = _KINDS - found.keys()
     assert not absent, f"{_OCM} has no {absent}"
+    return list(found.values())
+
+
+def ocm_definitions(webhook: str, ca: bytes) -> list[dict[str, Any]]:
+    """Return the definitions of a hub as OCM installs it, and ours.
+
+    Args:
+      webhook: whom the apiserver asks for conversions.
+      ca: of that one's certificate, in PEM.
+
+    Raises:
+      MissingProgramError: OCM's module cannot be had.
+    """
+    bundle = base64.b64encode(ca).decode()
+    found: dict[str, dict[str, Any]] = {}
+    for crd in ocm_objects(f"{HUB}/crds", AddonAPIServiceCABundle=bundle):
+        if "conversion" in crd["spec"]:
+            # OCM's is a Service, behind which there are pods.
+            crd["spec"]["conversion"]["webhook"]["clientConfig"] = {
+                "url": webhook,
+                "caBundle": bundle,
+            }
+        found[crd["spec"]["names"]["kind"]] = crd
+    for crd in (*_read(_INVENTORY), *_read_all(_OWN)):
+        found[crd["spec"]["names"]["kind"]] = crd
     return list(found.values())
 
 

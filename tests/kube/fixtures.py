@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
 from kube.build import cache_folder
 from kube.control_plane import Addresses, ControlPlane
-from kube.crds import custom_resource_definitions
+from kube.crds import custom_resource_definitions, ocm_definitions
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
     from kube.control_plane import Object
+    from kube.ocm_hub import OcmHub
 
-_NEED_KUBERNETES: Final = {"hub", "managed"}
+_NEED_KUBERNETES: Final = {"hub", "managed", "ocm_hub"}
 _SLOTS: Final = 8
+_numbers: Final = itertools.count(1)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -72,6 +75,42 @@ def managed(tmp_path_factory: pytest.TempPathFactory, kube_slot: int) -> Iterato
     )
     with _running("managed", tmp_path_factory, addresses, ()) as plane:
         yield plane
+
+
+@pytest.fixture(scope="session")
+def ocm_hub(tmp_path_factory: pytest.TempPathFactory, kube_slot: int) -> Iterator[OcmHub]:
+    """A hub with Open Cluster Management's programs, which act on all that they find there.
+
+    So it is not that of the other tests, which have objects of OCM that nobody shall touch. And its definitions are
+    OCM's own, which store what is older.
+    """
+    # Imports the client of Kubernetes, which is more than all other tests' collection takes.
+    from kube.ocm_hub import OcmHub, Webhook
+
+    addresses = Addresses(
+        apiserver=18443 + kube_slot,
+        controller_manager=18257 + kube_slot,
+        etcd=13379 + 20 * kube_slot,
+        etcd_peer=13380 + 20 * kube_slot,
+        pods=f"127.{kube_slot}.3",
+        services=f"127.{kube_slot}.103",
+    )
+    webhook = Webhook(19443 + kube_slot, tmp_path_factory.mktemp("ocm-webhook"))
+    definitions = ocm_definitions(webhook.url, webhook.ca)
+    with (
+        _running("ocm-hub", tmp_path_factory, addresses, definitions) as plane,
+        OcmHub(plane, webhook) as found,
+    ):
+        yield found
+
+
+@pytest.fixture
+def accepted_cluster(ocm_hub: OcmHub) -> Iterator[str]:
+    """A cluster that the hub has accepted, without a klusterlet."""
+    name = f"cluster{next(_numbers)}"
+    ocm_hub.accept(name)
+    yield name
+    ocm_hub.remove(name)
 
 
 @contextlib.contextmanager

@@ -88,8 +88,9 @@ class ManagerConfig:
     image_pull_policy: str = "IfNotPresent"
     feature_gates: str = ""
     kubeconfig: str = ""
-    kube_api_qps: float = 20.0
-    kube_api_burst: int = 30
+    # As OCM's own managers: a registration takes ten calls a cluster, and there may be hundreds at once.
+    kube_api_qps: float = 50.0
+    kube_api_burst: int = 100
     log_format: str = "text"
     verbosity: int = 0
 

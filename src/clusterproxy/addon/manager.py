@@ -18,6 +18,7 @@ from clusterproxy.kube.resource import (
     value_at,
 )
 
+from .cluster_agents import ClusterAgents
 from .cluster_profiles import SELECTOR, ClusterProfileReconciler
 from .configuration import MAIN_CONFIGURATION, USER_SERVER_SECRET
 from .owned import OwnedObjects
@@ -82,7 +83,11 @@ class Manager:
             "managedproxyconfiguration", self._reconciler.reconcile, metrics=hub.metrics
         )
 
+        self._agents = ClusterAgents(hub, config, signer, self._configurations)
+
     def _changed(self, name: str) -> None:
+        if name == MAIN_CONFIGURATION:
+            self._agents.hub_changed()
         self._controller.enqueue_after(name, self._reconciler.pause(name))
 
     def _all_changed(self) -> None:
@@ -97,6 +102,7 @@ class Manager:
             nursery.start_soon(self._configurations.run)
             nursery.start_soon(self._owned.run)
             nursery.start_soon(self._controller.run)
+            nursery.start_soon(self._agents.run)
             if self._config.gates["ClusterProfile"]:
                 nursery.start_soon(self._run_cluster_profiles)
             await self._configurations.synced.wait()

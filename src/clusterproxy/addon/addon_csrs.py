@@ -1,0 +1,130 @@
+"""Approves the agents' certificate requests, and signs those that the add-on's own authority signs."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from clusterproxy.errors import NotFound
+from clusterproxy.kube.resource import CERTIFICATE_SIGNING_REQUESTS, text_at
+
+from .certificate_request import RequestRefused
+from .csr import Verdict, approval, approved, cluster_of, is_ours, needs_signature, signed
+from .registration import is_owned
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import datetime
+
+    from clusterproxy.kube.api import KubeApi
+    from clusterproxy.kube.events import EventRecorder
+    from clusterproxy.kube.resource import Object
+
+    from .certificates import Authority
+    from .fleet import Fleet
+
+_log = logging.getLogger("clusterproxy.addon")
+
+
+class RequestReconciler:
+    """Decides on one request after the other.
+
+    Args:
+      authority: returns the one that signs, None while there is none.
+      clock: returns the time.
+    """
+
+    def __init__(
+        self,
+        api: KubeApi,
+        fleet: Fleet,
+        events: EventRecorder,
+        authority: Callable[[], Authority | None],
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._api = api
+        self._fleet = fleet
+        self._events = events
+        self._authority = authority
+        self._clock = clock
+        self._told: dict[str, str] = {}
+
+    def open_requests(self, cluster: str | None = None) -> list[str]:
+        """Return the requests that may yet be decided on: of a cluster, or all of them."""
+        return [
+            name
+            for (_, name), request in self._fleet.requests.items.items()
+            if is_ours(request) and cluster in (None, cluster_of(request))
+        ]
+
+    async def reconcile(self, name: str) -> float | None:
+        """Approve or sign a request if that is right; it is looked at again when anything changes that matters.
+
+        Raises:
+          KubeError: what the apiserver says.
+        """
+        request = self._fleet.requests.items.get(("", name))
+        if request is None or not is_ours(request):
+            self._told.pop(name, None)
+            return None
+        authority = self._authority()
+        if authority is None:
+            return None
+        try:
+            if (decided := await self._approve(request, authority)) is not None:
+                await self._sign(decided, authority)
+        except NotFound:
+            # Whoever made it has taken it back.
+            self._told.pop(name, None)
+        return None
+
+    async def _approve(self, request: Object, authority: Authority) -> Object | None:
+        """Return the request if it is approved now."""
+        if needs_signature(request):
+            return request
+        cluster, addon = self._of(request)
+        decision = approval(request, cluster, addon, authority.crt)
+        if decision.verdict is Verdict.APPROVE:
+            decided = await self._api.replace(
+                CERTIFICATE_SIGNING_REQUESTS, approved(request, decision), subresource="approval"
+            )
+            _log.info(
+                "approved %s of cluster %s for %s",
+                text_at(request, "metadata", "name"),
+                cluster_of(request),
+                text_at(request, "spec", "signerName"),
+            )
+            return decided
+        if decision.verdict is Verdict.LEAVE_PENDING:
+            self._refuse(request, decision.reason, decision.message)
+        return None
+
+    async def _sign(self, request: Object, authority: Authority) -> None:
+        if not needs_signature(request):
+            return
+        cluster, addon = self._of(request)
+        try:
+            with_certificate = signed(request, cluster, addon, authority, self._clock())
+        except RequestRefused as refusal:
+            self._refuse(request, refusal.reason, refusal.message)
+            return
+        await self._api.replace(
+            CERTIFICATE_SIGNING_REQUESTS, with_certificate, subresource="status"
+        )
+        _log.info(
+            "signed %s of cluster %s", text_at(request, "metadata", "name"), cluster_of(request)
+        )
+
+    def _of(self, request: Object) -> tuple[Object | None, Object | None]:
+        cluster = cluster_of(request)
+        addon = self._fleet.addon(cluster)
+        # One that nobody has installed gets nothing.
+        return self._fleet.cluster(cluster), addon if addon and is_owned(addon) else None
+
+    def _refuse(self, request: Object, reason: str, message: str) -> None:
+        name = text_at(request, "metadata", "name")
+        if self._told.get(name) == message:
+            return
+        self._told[name] = message
+        _log.warning("CertificateSigningRequest %s is left as it is: %s", name, message)
+        self._events.note(request, "Warning", reason, message)

@@ -1,0 +1,108 @@
+"""Registers the agents of the clusters: says which identities they get, and gives these their rights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from clusterproxy.errors import ClusterProxyError
+from clusterproxy.kube.resource import MANAGED_CLUSTER_ADDONS, map_at, text_at
+
+from .addon_api import patch_status, versioned
+from .agent_values import install_namespace
+from .chart_values import UnrenderableError
+from .registration import Permission, Wanted, next_status_patch, supported_configs_patch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import datetime
+
+    from clusterproxy.kube.api import KubeApi
+    from clusterproxy.kube.resource import Object
+
+    from .addon_configs import AddonConfigs
+    from .agent_rights import AgentRights
+    from .config import ManagerConfig
+    from .hub_sight import HubSight
+    from .registration import AddonVersion
+
+# Three are taken at most, by an apiserver that keeps what is written.
+_STEPS: Final = 8
+
+
+class Registrar:
+    """Registers the agent of one cluster after the other.
+
+    Args:
+      version: of the add-on API that the hub serves.
+      clock: returns the time.
+    """
+
+    def __init__(
+        self,
+        api: KubeApi,
+        config: ManagerConfig,
+        configs: AddonConfigs,
+        rights: AgentRights,
+        version: AddonVersion,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._api = api
+        self._config = config
+        self._configs = configs
+        self._rights = rights
+        self._version = version
+        self._addons = versioned(MANAGED_CLUSTER_ADDONS, version)
+        self._clock = clock
+
+    async def register(self, addon: Object, cluster: Object, sight: HubSight) -> Object:
+        """Take all steps of a registration that can be taken; return the add-on as it is then.
+
+        Args:
+          addon: a ManagedClusterAddOn that the hub's add-on manager has taken.
+          cluster: its ManagedCluster, which is accepted.
+          sight: what agents depend on.
+
+        Raises:
+          ClusterProxyError: the agent could not be given its rights; why stands in the add-on's status.
+          KubeError: what the apiserver says.
+        """
+        if sight.configuration is None or (sight.authority is None and not sight.authority_problem):
+            # There will be, and then this comes again.
+            return addon
+        if (patch := supported_configs_patch(addon)) is not None:
+            addon = await patch_status(self._api, self._addons, addon, patch)
+        for _ in range(_STEPS):
+            permission, failure = Permission(ready=False, error=sight.authority_problem), None
+            if not permission.error:
+                try:
+                    permission = await self._rights.give(
+                        addon, cluster, sight.configuration.proxy_server.namespace
+                    )
+                except ClusterProxyError as error:
+                    permission, failure = Permission(ready=False, error=str(error)), error
+            wanted = Wanted(
+                ca_crt=b"" if sight.authority is None else sight.authority.crt,
+                install_namespace=self._namespace(addon),
+                permission=permission,
+            )
+            patch = next_status_patch(addon, wanted, self._clock(), self._version)
+            if patch is not None:
+                addon = await patch_status(self._api, self._addons, addon, patch)
+            if failure is not None:
+                raise failure
+            if patch is None:
+                return addon
+        raise ClusterProxyError(
+            f"ManagedClusterAddOn of {text_at(addon, 'metadata', 'namespace')}: the apiserver does not keep the status that "
+            f"is written, the last was {sorted(map_at(patch or {}, 'status'))}: is its definition an old one?"
+        )
+
+    def _namespace(self, addon: Object) -> str:
+        config = self._configs.of(addon)
+        try:
+            if not config.awaited:
+                return install_namespace(self._config, config.usable())
+        except UnrenderableError:
+            # That is told when the agent is to be rendered.
+            pass
+        return text_at(addon, "status", "namespace") or self._config.agent_install_namespace
