@@ -30,7 +30,6 @@ from clusterproxy.addon.agent_values import (
 from clusterproxy.addon.certificates import load_certificates, new_authority, new_key
 from clusterproxy.addon.chart_values import DEFAULTS, UnrenderableError, merge, parse_values
 from clusterproxy.addon.config import ManagerConfig
-from clusterproxy.addon.deployment_config import desired_deployment_config
 
 HOST = "cluster-a140791d2b20a847f2c74c62c384f93fb83691d871e80385.open-cluster-management.proxy"
 DIGEST = "sha256:" + "0123456789abcdef" * 4
@@ -547,27 +546,6 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
     case = annotated("{").told(enable_service_proxy=True, agent_image_name="No")
     case = case.given(configuration=BALANCED, deployment_config=deployment_config(registries=1))
     assert len(problems(case)) == 5
-
-
-def referred(*references: Any) -> Any:
-    return {"metadata": {"name": "cluster-proxy"}, "status": {"configReferences": list(references)}}
-
-
-def test_which_deployment_config() -> None:
-    reference = {
-        "group": "addon.open-cluster-management.io",
-        "resource": "addondeploymentconfigs",
-        "desiredConfig": {"namespace": "default", "name": "adc", "specHash": "1"},
-    }
-    other = {**reference, "resource": "others"}
-    assert desired_deployment_config({}) is None
-    assert desired_deployment_config(referred("x", other)) is None
-    assert desired_deployment_config(referred(other, reference)) == ("default", "adc")
-    for wrong in (None, {}, {"name": "adc"}, "x"):
-        with pytest.raises(
-            ValueError, match="addon cluster-proxy deployment config desired spec hash is empty"
-        ):
-            desired_deployment_config(referred({**reference, "desiredConfig": wrong}))
 
 
 # -- hostile ---------------------------------------------------------------------------------------

@@ -26,10 +26,14 @@ _numbers: Final = itertools.count(1)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs a control plane, so that no such test is in the fast ones by mistake."""
+    """Mark what needs a control plane, so that no such test is in the fast ones by mistake, and let it come last.
+
+    Others count this process's own threads and sockets, and what acts on a control plane for all of its tests has some.
+    """
     for item in items:
         if _NEED_KUBERNETES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.kube)
+    items.sort(key=lambda item: item.get_closest_marker("kube") is not None)
 
 
 @pytest.fixture(scope="session")

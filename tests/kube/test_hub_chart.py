@@ -179,7 +179,9 @@ CHART = str(ROOT / "deploy" / "charts" / "cluster-proxy")
 
 @pytest.fixture(scope="module")
 def namespace(hub: ControlPlane) -> Iterator[None]:
-    """Remove the namespace when all is over: it takes its time."""
+    """Remove what other tests' managers share, and the namespace when all is over: it takes its time."""
+    if (shared := hub.get(RBAC, "ClusterRole", ROLE)) is not None:
+        hub.delete(shared)
     yield
     found = hub.get("v1", "Namespace", NAMESPACE)
     if found is not None:

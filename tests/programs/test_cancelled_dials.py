@@ -51,12 +51,17 @@ class Remains:
     gauges: Counter[str]
 
 
-def files_of(pid: int | str) -> Counter[str]:
-    kinds: Counter[str] = Counter()
+def files_of(pid: int | str, foreign: frozenset[str] = frozenset()) -> Counter[str]:
+    """The files of a process by kind, without those that are *foreign*."""
+    return Counter(name.partition("[")[0] for name in names_of(pid) if name not in foreign)
+
+
+def names_of(pid: int | str) -> list[str]:
+    names: list[str] = []
     for number in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):  # that of listdir
-            kinds[os.readlink(f"/proc/{pid}/fd/{number}").partition("[")[0]] += 1
-    return kinds
+            names.append(os.readlink(f"/proc/{pid}/fd/{number}"))
+    return names
 
 
 class Programs(Cluster):
@@ -64,6 +69,8 @@ class Programs(Cluster):
 
     def __init__(self, directory: Path, mode: str, dial_timeout: str) -> None:
         super().__init__(directory, FIRST_PORT, mode)
+        # Sockets that this process has for other tests, which may be closed at any time.
+        self._foreign = frozenset(name for name in names_of("self") if name.startswith("socket"))
         self.start_server("--enable-profiling")
         self.start_agent("--enable-profiling", f"--dial-timeout={dial_timeout}")
         # Kept open: connections that come and go would be among what is counted.
@@ -87,6 +94,10 @@ class Programs(Cluster):
         tls = ClientTLS(ca_cert=self.ca, cert=self.client_cert, key=self.client_key)
         return open_tunnel(f"{LOOPBACK}:{self.port}", mode=mode, tls=tls)
 
+    def own_files(self) -> Counter[str]:
+        """The files that this process has for this test."""
+        return files_of("self", self._foreign)
+
     def remains(self) -> dict[str, Remains]:
         """Of server and agent."""
         return {
@@ -109,7 +120,7 @@ async def everything(programs: Programs) -> dict[str, Remains]:
     found = await trio.to_thread.run_sync(programs.remains)
     tasks = Counter({"tasks": trio.lowlevel.current_statistics().tasks_living})
     # The service's sockets are among them.
-    found["client"] = Remains(tasks=tasks, files=files_of("self"), gauges=Counter())
+    found["client"] = Remains(tasks=tasks, files=programs.own_files(), gauges=Counter())
     return found
 
 
@@ -134,8 +145,7 @@ def differences(start: dict[str, Remains], found: dict[str, Remains]) -> list[st
             strict=True,
         )
         for name in was.keys() | now.keys()
-        # This process has files of other tests' fixtures, too, some of which go meanwhile.
-        if now[name] > was[name] or (now[name] < was[name] and now is not found["client"].files)
+        if now[name] != was[name]
     ]
 
 

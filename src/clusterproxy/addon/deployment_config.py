@@ -9,12 +9,12 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 import attrs
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from clusterproxy.kube.resource import list_at, map_at, text_at
+from clusterproxy.kube.resource import text_at
 
 from .agent_images import Mirror, parse_mirrors
 from .certificates import CertificateError, load_certificates
@@ -94,23 +94,6 @@ class DeploymentConfig:
 def called(obj: Object) -> str:
     """Return what an AddOnDeploymentConfig is called in messages."""
     return f"AddOnDeploymentConfig {text_at(obj, 'metadata', 'namespace')}/{text_at(obj, 'metadata', 'name')}"
-
-
-def desired_deployment_config(addon: Object) -> tuple[str, str] | None:
-    """Return namespace and name of the AddOnDeploymentConfig that a ManagedClusterAddOn refers to, None without one.
-
-    Raises:
-      ValueError: there is one, but its hash is not known yet; the hub's add-on manager will write it.
-    """
-    for element in list_at(addon, "status", "configReferences"):
-        reference = cast("Object", element) if isinstance(element, dict) else {}
-        if (reference.get("group"), reference.get("resource")) == (GROUP, RESOURCE):
-            desired = map_at(reference, "desiredConfig")
-            if not text_at(desired, "specHash"):
-                name = text_at(addon, "metadata", "name")
-                raise ValueError(f"addon {name} deployment config desired spec hash is empty")
-            return text_at(desired, "namespace"), text_at(desired, "name")
-    return None
 
 
 def parse_deployment_config(obj: Object, problems: list[Problem]) -> DeploymentConfig:
