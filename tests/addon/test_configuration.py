@@ -264,6 +264,25 @@ def test_the_name_of_the_cas_secret_may_be_another() -> None:
     assert problem.endswith("'mine' is where the CA's key is kept: choose another name")
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("proxy-server-ca", "is where the CA's certificate is kept"),
+        ("cluster-proxy-user-serving-cert", "is where the user server's certificate is kept"),
+        (
+            "cluster-proxy-service-proxy-server-cert",
+            "is where the service proxies' certificate is kept",
+        ),
+        ("proxy-server", "is the name in signingProxyServerSecretName already"),
+    ],
+)
+def test_a_certificate_is_not_kept_in_anothers_secret(name: str, why: str) -> None:
+    secrets = {"signingAgentServerSecretName": name}
+    (problem,) = problems_of(configuration_object(authentication={"dump": {"secrets": secrets}}))
+    assert "signingAgentServerSecretName" in problem
+    assert problem.endswith(f"'{name}' {why}: choose another name")
+
+
 def test_a_hostname_that_is_not_used_need_not_be_valid() -> None:
     configuration = parse_configuration(
         configuration_object(

@@ -238,6 +238,25 @@ def test_everything_configured_is_in_the_deployment() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "flag",
+    ["--agent-namespace=a", "--agent-service-account=b", "--authentication-audience=c"],
+)
+def test_agents_with_tokens_need_no_certificate(flag: str) -> None:
+    # With the flag the listener would demand one.
+    authority = "--cluster-ca-cert=/etc/server-ca-pki/ca.crt"
+    assert authority in container_of(with_args())["args"]
+    assert authority not in container_of(with_args(flag))["args"]
+
+
+def test_the_servers_account_pulls_with_the_secrets_of_the_originals() -> None:
+    found = rendered(configuration(), pull_secrets=[{"name": "mirror"}])
+    assert found["ServiceAccount", "cluster-proxy-proxy-server"]["imagePullSecrets"] == [
+        {"name": "mirror"}
+    ]
+    assert "imagePullSecrets" not in found["ServiceAccount", "cluster-proxy"]
+
+
 def test_without_a_tls_profile_there_are_no_such_arguments() -> None:
     args = container_of(deployment(configuration(), tls_min_version=""))["args"]
     assert not any("tls" in arg.partition("=")[0] or "cipher" in arg for arg in args)

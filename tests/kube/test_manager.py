@@ -809,6 +809,34 @@ def test_metrics_are_of_the_certificates_that_are_wanted(manager: Installation) 
     eventually(lambda: measured() == set(), "all are gone")
 
 
+def test_its_own_status_wakes_nobody(manager: Installation) -> None:
+    address = "127.66.0.1:18080"
+    manager.configure()
+    manager.start(f"--metrics-bind-address={address}")
+    manager.await_reconciled()
+    manager.settle()
+
+    def reconciles() -> float:
+        text = httpx.get(f"http://{address}/metrics").text
+        pattern = (
+            'controller_runtime_reconcile_total{controller="managedproxyconfiguration",.*} (.*)'
+        )
+        return sum(map(float, re.findall(pattern, text)))
+
+    before = reconciles()
+    assert before
+    live = manager.configuration()
+    path = manager.plane.path_of(live)
+    said = [{**each, "message": "changed"} for each in live["status"]["conditions"]]
+    status = {**live["status"], "conditions": said}
+    manager.plane.call("PUT", f"{path}/status", {**live, "status": status})
+    manager.settle()
+    manager.plane.patch(live, {"metadata": {"annotations": {"touched": "yes"}}})
+    eventually(lambda: reconciles() > before, "an annotation is news")
+    manager.settle()
+    assert reconciles() == before + 1
+
+
 # -- deletion, steady state, restarts --------------------------------------------------------------
 
 
