@@ -2,7 +2,7 @@
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo setup test test-fast kube-servers coverage conformance check bench docs chart lock clean
+.PHONY: help demo setup test test-fast kube-servers coverage conformance check bench docs chart image lock clean
 
 PYTHON ?= python3
 GO ?= go
@@ -16,6 +16,9 @@ GO_FILES := $(shell find conformance -name '*.go' -o -name go.mod -o -name go.su
 SANS_IO := src/clusterproxy_proto/*,src/clusterproxy/grpc/*,src/clusterproxy/tunnel/*
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+IMAGE ?=
+IMAGE_ARCHES ?=
+IMAGE_ARGS ?=
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,9 +32,9 @@ setup: $(READY) ## the virtual environment, which all other targets make as need
 test: $(READY) go-is-here kube-servers $(DEMO_CLIENT) coverage conformance ## all tests with coverage, and the conformance matrix against Go (needs Go and etcd)
 
 test-fast: $(READY) ## the tests that start no programs (no Go, under 90 s)
-	$(BIN)/python -m pytest -q -m 'not programs and not kube' --hypothesis-profile=fast $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -m 'not programs and not kube and not image' --hypothesis-profile=fast $(PYTEST_ARGS)
 
-kube-servers: $(READY) go-is-here ## the Kubernetes and the OCM of the tests, built once (7 to 13 minutes) and kept in the user's cache folder
+kube-servers: $(READY) go-is-here ## the Kubernetes, OCM and Prometheus of the tests, built once (10 to 20 minutes) and kept in the user's cache folder
 	@PYTHONPATH=tests $(BIN)/python -m kube.build
 
 coverage: $(READY)
@@ -62,9 +65,13 @@ chart: $(READY) go-is-here ## pack the Helm charts into dist/charts, with their 
 	@rm -rf dist/charts && mkdir -p dist/charts
 	PYTHONPATH=tests $(BIN)/python -m helm_programs dist/charts
 
+image: $(READY) go-is-here ## build the container image, by buildah, podman or docker (IMAGE=NAME:TAG, IMAGE_ARCHES="amd64 arm64")
+	@IMAGE_ARCHES="$(IMAGE_ARCHES)" deploy/image/build.sh "$(IMAGE)" $(IMAGE_ARGS)
+
 lock: ## write requirements/*.txt anew from pyproject.toml (needs uv)
 	$(UV) pip compile $(LOCK) pyproject.toml -o requirements/runtime.txt
 	$(UV) pip compile $(LOCK) pyproject.toml requirements/tools.in --extra demo --group dev -o requirements/dev.txt
+	echo cyclonedx-bom | $(UV) pip compile $(LOCK) - -o requirements/image-tools.txt
 
 clean: ## remove everything that make has made here
 	rm -rf $(VENV) build dist .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -9,7 +9,7 @@ from hypothesis import settings
 # What they assert is to be explained as in a test.
 pytest.register_assert_rewrite("harness", "kube")
 
-pytest_plugins = ["kube.fixtures"]
+pytest_plugins = ["kube.fixtures", "oidc"]
 
 settings.register_profile(FAST, derandomize=True, deadline=None, max_examples=20)
 

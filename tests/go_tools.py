@@ -26,6 +26,8 @@ needs_go = pytest.mark.skipif(
 _PACKAGES: Final = {
     "agent": "sigs.k8s.io/apiserver-network-proxy/cmd/agent",
     "server": "sigs.k8s.io/apiserver-network-proxy/cmd/server",
+    "test-client": "sigs.k8s.io/apiserver-network-proxy/cmd/test-client",
+    "test-server": "sigs.k8s.io/apiserver-network-proxy/cmd/test-server",
     "h2spec": "github.com/summerwind/h2spec/cmd/h2spec",
     "interop-client": "google.golang.org/grpc/interop/client",
 }

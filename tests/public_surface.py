@@ -33,6 +33,11 @@ CHAPTERS: Final = (
     ("Metrics", "clusterproxy.telemetry.exposition", ("render",)),
     ("httpx and httpcore", "clusterproxy.client.httpcore_backend", ("TunnelTransport", "TunnelBackend")),
     ("anyio", "clusterproxy.client.anyio_stream", ("AnyioStream",)),
+    (
+        "Beside the hub",
+        "clusterproxy.addon_agent.library",
+        ("open_hub", "tls_of_secrets", "forward_to_pods", "service_host", "service_proxy_host"),
+    ),
 )  # fmt: skip
 
 _HEAD: Final = """# API reference

@@ -27,20 +27,30 @@ MAY_IMPORT: dict[str, set[str]] = {
     "clusterproxy.http1": SANS_IO | {"clusterproxy.transport"},
     "clusterproxy.rpc": WIRE,
     "clusterproxy.telemetry": WIRE,
-    # What it asks of an apiserver; its controllers count what they do.
-    "clusterproxy.kube": {"clusterproxy.telemetry"},
+    # What it asks of an apiserver; its controllers count what they do, and TLS profiles become contexts.
+    "clusterproxy.kube": {"clusterproxy.telemetry", "clusterproxy.transport"},
     "clusterproxy.server": PROGRAM | {"clusterproxy.kube"},
     "clusterproxy.agent": PROGRAM | {"clusterproxy.kube"},
     "clusterproxy.client": PROGRAM,
     "clusterproxy.bench": PROGRAM | {"clusterproxy.client"},
     "clusterproxy.addon": PROGRAM | {"clusterproxy.kube"},
+    "clusterproxy.addon_agent": PROGRAM | {"clusterproxy.kube"},
+    # What the two HTTP programs are made of; it knows neither the tunnel's client nor an apiserver.
+    "clusterproxy.reverse_proxy": PROGRAM,
+    "clusterproxy.user_server": PROGRAM
+    | {"clusterproxy.reverse_proxy", "clusterproxy.kube", "clusterproxy.client"},
+    "clusterproxy.service_proxy": PROGRAM | {"clusterproxy.reverse_proxy", "clusterproxy.kube"},
     "clusterproxy.cli": PROGRAM
     | {
+        "clusterproxy.reverse_proxy",
+        "clusterproxy.user_server",
+        "clusterproxy.service_proxy",
         "clusterproxy.server",
         "clusterproxy.agent",
         "clusterproxy.client",
         "clusterproxy.bench",
         "clusterproxy.addon",
+        "clusterproxy.addon_agent",
     },
     "clusterproxy.__main__": {"clusterproxy.cli"},
     # Names of the client library, which are loaded when they are used.
@@ -61,6 +71,8 @@ ONE_MODULE_ONLY = (
     # Large: the proxies do without, unless a flag needs an apiserver.
     {"kubernetes"},
     {"yaml"},
+    {"jwt"},
+    {"wsproto"},
 )
 
 

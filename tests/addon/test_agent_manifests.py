@@ -10,6 +10,7 @@ from agents import (
     SERVICE_PROXY_SECRET,
     Case,
     cluster,
+    configuration,
     deployment_config,
     golden_case,
     golden_manifests,
@@ -78,6 +79,7 @@ def failure(**values: Any) -> str:
 
 
 def test_the_usual_objects() -> None:
+    # C1
     assert list(Case().objects()) == USUAL
 
 
@@ -89,11 +91,13 @@ def test_each_object_says_what_it_is_and_where() -> None:
 
 
 def test_without_the_proxy_to_the_apiserver() -> None:
+    # C2
     objects = Case().told(enable_kube_api_proxy=False).objects()
     assert list(objects) == [each for each in USUAL if each[0] != "Service"]
 
 
 def test_with_the_service_proxy() -> None:
+    # C3
     objects = Case().with_service_proxy().objects()
     certificates = ("Secret", SERVICE_PROXY_CERTIFICATES)
     assert set(objects) == {*USUAL, certificates}
@@ -106,6 +110,7 @@ def test_with_the_service_proxy() -> None:
 
 
 def test_network_policies() -> None:
+    # C4
     case = Case().told(enable_network_policies=True)
     objects = case.objects()
     assert set(objects) == {*USUAL, ("NetworkPolicy", POLICY)}
@@ -147,6 +152,7 @@ def test_the_namespace_stays_when_the_add_on_goes() -> None:
     ],
 )
 def test_where_a_deployment_config_puts_it(namespace: str, name: str) -> None:
+    # C10
     given = deployment_config(agentInstallNamespace=namespace)
     objects = Case().given(deployment_config=given).objects()
     binding = objects["ClusterRoleBinding", name]
@@ -169,11 +175,28 @@ def test_replicas(replicas: Any) -> None:
 
 
 def test_replicas_by_variable() -> None:
+    # C9
     objects = Case().given(deployment_config=variables(replicas="5")).objects()
     assert objects["Deployment", AGENT]["spec"]["replicas"] == 5
 
 
+def test_replicas_by_configuration() -> None:
+    # C9
+    case = Case().given(configuration=configuration(proxyAgent={"replicas": 4}))
+    assert case.objects()["Deployment", AGENT]["spec"]["replicas"] == 4
+
+
+def test_the_domain_of_services_by_variable() -> None:
+    # C10
+    objects = Case().given(deployment_config=variables(serviceDomain="svc.example")).objects()
+    assert objects["Service", "cluster1"]["spec"] == {
+        "type": "ExternalName",
+        "externalName": "kubernetes.default.svc.example",
+    }
+
+
 def test_placement_and_pull_secrets() -> None:
+    # C10
     tolerations = [{"key": "k", "operator": "Exists", "tolerationSeconds": 5}]
     placement = {"nodeSelector": {"a": "b"}, "tolerations": tolerations}
     given = deployment_config(nodePlacement=placement)
@@ -186,6 +209,7 @@ def test_placement_and_pull_secrets() -> None:
 
 
 def test_a_proxy_to_the_hub() -> None:
+    # C10
     [agent, *_] = pod_of(render(proxyConfig={"HTTPS_PROXY": "https://p:1", "NO_PROXY": None}))[
         "containers"
     ]
@@ -233,6 +257,7 @@ def oidc_args(**values: Any) -> list[str]:
 
 
 def test_the_least_that_an_issuer_needs() -> None:
+    # C11
     assert oidc_args() == [
         "--oidc-issuer-url=https://issuer.example",
         "--oidc-client-id=cid",
@@ -241,6 +266,7 @@ def test_the_least_that_an_issuer_needs() -> None:
 
 
 def test_all_that_can_be_said_of_an_issuer() -> None:
+    # C11
     assert oidc_args(
         oidcUsernameClaim="email",
         oidcUsernamePrefix="oidc:",
@@ -270,6 +296,7 @@ def test_all_that_can_be_said_of_an_issuer() -> None:
 
 @pytest.mark.parametrize("none", ["", []])
 def test_no_reserved_prefixes(none: Any) -> None:
+    # C11
     assert "--oidc-reserved-name-prefixes=" in oidc_args(oidcReservedNamePrefixes=none)
 
 
@@ -281,6 +308,7 @@ def test_signing_algorithms_as_a_text() -> None:
     "claims", ["{", "[]", "null", '"x"', "1", '{"a": NaN}', '{"a": "b"}, {}', "[" * 50_000]
 )
 def test_claims_that_are_no_object(claims: str) -> None:
+    # C11
     assert failure(**ISSUER, oidcRequiredClaimsJSON=claims) == (
         "oidcRequiredClaimsJSON must be a JSON object"
     )
@@ -288,6 +316,7 @@ def test_claims_that_are_no_object(claims: str) -> None:
 
 @pytest.mark.parametrize("value", [1, True, None, [], {}])
 def test_claims_that_are_no_texts(value: Any) -> None:
+    # C11
     claims = json.dumps({"a": "b", "c": value})
     assert failure(**ISSUER, oidcRequiredClaimsJSON=claims) == (
         "oidcRequiredClaimsJSON values must be strings"
@@ -296,6 +325,7 @@ def test_claims_that_are_no_texts(value: Any) -> None:
 
 @pytest.mark.parametrize("half", ["oidcIssuerURL", "oidcClientID"])
 def test_half_an_issuer(half: str) -> None:
+    # C11
     assert failure(**{half: "https://x"}) == (
         "oidcIssuerURL and oidcClientID must be specified together"
     )
@@ -303,6 +333,7 @@ def test_half_an_issuer(half: str) -> None:
 
 @pytest.mark.parametrize("prefixes", ["a,,b", ",", "a,", [""], ["a", ""], [1]])
 def test_prefixes_that_would_reserve_all_names(prefixes: Any) -> None:
+    # C11
     assert failure(oidcReservedNamePrefixes=prefixes).startswith("oidcReservedNamePrefixes")
 
 
@@ -322,6 +353,7 @@ def impersonates(objects: dict[tuple[str, str], Object]) -> bool:
 
 @pytest.mark.parametrize("value", ["1", "t", "T", "TRUE", "true", "True"])
 def test_users_of_the_hub(value: str) -> None:
+    # C12
     objects = service_proxied(enableImpersonation=value)
     assert impersonates(objects)
     assert f"--enable-impersonation={value}" in args_of(objects)
@@ -340,10 +372,12 @@ def test_users_of_the_hub(value: str) -> None:
 )
 @pytest.mark.parametrize("off", ["false", "0", "F"])
 def test_who_is_impersonated_without_users_of_the_hub(values: Any, granted: bool, off: str) -> None:
+    # C12
     assert impersonates(service_proxied(enableImpersonation=off, **values)) is granted
 
 
 def test_nobody_is_impersonated_without_a_service_proxy() -> None:
+    # C12
     objects = render(
         **ISSUER, additionalServiceProxyArgs=["--oidc-issuer-url=x", "--enable-impersonation"]
     )
@@ -360,6 +394,7 @@ def test_what_the_service_proxy_may_read() -> None:
 
 @pytest.mark.parametrize("args", [["--enable-impersonation"], ["--enable-impersonation=false"]])
 def test_impersonation_by_argument(args: list[str]) -> None:
+    # C12
     assert failure(additionalServiceProxyArgs=args) == (
         "additionalServiceProxyArgs must not set --enable-impersonation; use enableImpersonation instead"
     )
@@ -371,6 +406,7 @@ def test_impersonation_that_is_neither(value: str) -> None:
 
 
 def test_two_issuers() -> None:
+    # C12
     args = ["--oidc-issuer-url=a", "--oidc-issuer-url", "b"]
     assert failure(additionalServiceProxyArgs=args) == (
         "additionalServiceProxyArgs must set --oidc-issuer-url at most once"
@@ -386,6 +422,7 @@ def test_two_issuers() -> None:
 
 @pytest.mark.parametrize("missing", ["serviceProxySecretCert", "serviceProxySecretKey"])
 def test_a_service_proxy_without_a_certificate(missing: str) -> None:
+    # C3
     assert failure(**{missing: ""}) == (
         "serviceProxySecretCert and serviceProxySecretKey must be set when enableServiceProxy is true"
     )

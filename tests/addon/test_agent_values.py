@@ -24,12 +24,11 @@ from clusterproxy.addon.agent_values import (
     IMAGE_REGISTRIES,
     NODE_SELECTOR,
     install_namespace,
-    service_host,
-    service_proxy_host,
 )
 from clusterproxy.addon.certificates import load_certificates, new_authority, new_key
 from clusterproxy.addon.chart_values import DEFAULTS, UnrenderableError, merge, parse_values
 from clusterproxy.addon.config import ManagerConfig
+from clusterproxy.tunnel.agent_identity import service_proxy_host
 
 HOST = "cluster-a140791d2b20a847f2c74c62c384f93fb83691d871e80385.open-cluster-management.proxy"
 DIGEST = "sha256:" + "0123456789abcdef" * 4
@@ -104,6 +103,7 @@ def test_what_the_configuration_says_of_agents() -> None:
 
 
 def test_a_missing_configuration() -> None:
+    # C5
     assert problems(Case().given(configuration=None)) == [
         'managedproxyconfigurations.proxy.open-cluster-management.io "cluster-proxy" not found'
     ]
@@ -121,6 +121,7 @@ def test_a_configuration_that_changes_its_image_changes_that_of_all_containers()
 
 
 def test_without_the_proxy_to_the_apiserver() -> None:
+    # C2
     values = Case().told(enable_kube_api_proxy=False).values()
     assert values["agentIdentifiers"] == f"host={HOST}"
     assert values["enableKubeApiProxy"] is False
@@ -140,10 +141,29 @@ def test_network_policies() -> None:
 )
 def test_a_host_name(given_port: dict[str, int], port: int) -> None:
     entrypoint = {"type": "Hostname", "hostname": {"value": "hub.example"}, **given_port}
+    # C7
     case = Case().given(configuration=configuration(proxyServer={"entrypoint": entrypoint}))
-    values = case.values()
-    assert (values["serviceEntryPoint"], values["serviceEntryPointPort"]) == ("hub.example", port)
-    assert not any("port-forward" in arg for arg in values["addonAgentArgs"])
+    assert dialled(case) == {"--proxy-server-host=hub.example", f"--proxy-server-port={port}"}
+
+
+def dialled(case: Case) -> set[str]:
+    """Return what the containers are told of where the hub is."""
+    containers = case.containers()
+    args = [*containers["proxy-agent"]["args"], *containers["addon-agent"]["args"]]
+    return {
+        arg
+        for arg in args
+        if arg.startswith(("--proxy-server-host", "--proxy-server-port", "--enable-port"))
+    }
+
+
+def test_the_hubs_apiserver() -> None:
+    # C8
+    assert dialled(Case()) == {
+        "--proxy-server-host=127.0.0.1",
+        "--proxy-server-port=8091",
+        "--enable-port-forward-proxy=true",
+    }
 
 
 @pytest.mark.parametrize(
@@ -155,12 +175,14 @@ def test_a_host_name(given_port: dict[str, int], port: int) -> None:
     ],
 )
 def test_a_load_balancer(ingress: list[Any], address: str) -> None:
+    # C6
     case = Case().given(configuration=BALANCED, load_balancer=balanced(*ingress))
-    assert case.values()["serviceEntryPoint"] == address
+    assert dialled(case) == {f"--proxy-server-host={address}", "--proxy-server-port=8091"}
 
 
 @pytest.mark.parametrize("service", [{}, balanced(), balanced({}), {"status": "x"}])
 def test_a_load_balancer_without_an_address(service: Any) -> None:
+    # C6
     [problem] = problems(Case().given(configuration=BALANCED, load_balancer=service))
     assert problem == (
         "the load-balancer service for proxy-server ingress is not yet provisioned: Service "
@@ -169,22 +191,41 @@ def test_a_load_balancer_without_an_address(service: Any) -> None:
 
 
 def test_a_missing_load_balancer() -> None:
+    # C6
     assert problems(Case().given(configuration=BALANCED)) == [
         'failed getting proxy loadbalancer: services "proxy-agent-entrypoint" not found'
     ]
+
+
+@pytest.mark.parametrize("port", [8091, 0, 9443])
+def test_the_addon_agent_listens_where_the_proxy_agent_dials(port: int) -> None:
+    entrypoint = {"type": "PortForward", "port": port}
+    case = Case().given(configuration=configuration(proxyServer={"entrypoint": entrypoint}))
+    agent, addon = (case.containers()[name] for name in ("proxy-agent", "addon-agent"))
+    assert f"--proxy-server-port={port or 8091}" in agent["args"]
+    assert "--enable-port-forward-proxy=true" in addon["args"]
+    # The original's agent knows no such flag.
+    own = [arg for arg in addon["args"] if "port=" in arg]
+    assert own == (["--port-forward-port=9443"] if port == 9443 else [])
+
+
+def test_the_addon_agent_forwards_to_where_servers_listen() -> None:
+    ports = {"agentServer": 9191}
+    found = configuration(
+        proxyServer={"entrypoint": {"type": "PortForward"}}, deploy={"ports": ports}
+    )
+    addon = Case().given(configuration=found).containers()["addon-agent"]
+    assert "--proxy-server-port=9191" in addon["args"]
 
 
 # -- hosts -----------------------------------------------------------------------------------------
 
 
 def test_hosts() -> None:
+    # C15
     assert service_proxy_host("cluster1") == HOST
     assert service_proxy_host("loopback").startswith(
         "cluster-64edaa3fb9310e98cdb183cddbf156d9964a05c017fa7f8e."
-    )
-    assert (
-        service_host("cluster1", "default", "service1")
-        == "cluster-proxy-1f28e10e03e76d3df8306b102a1da1adc79e744dd27fe48eb"
     )
 
 
@@ -206,6 +247,7 @@ def test_hosts() -> None:
     ],
 )
 def test_images(text: str, image: Image) -> None:
+    # C16
     assert parse_image(text) == image
     assert str(image) == (f"{text}:latest" if image.tag == "latest" else text)
 
@@ -258,6 +300,7 @@ def test_images_that_are_none() -> None:
     ],
 )
 def test_mirrors(mirrors: list[tuple[str, str]], found: str) -> None:
+    # C13
     assert mirrored("quay.io/a/img:1", [Mirror(*each) for each in mirrors]) == found
 
 
@@ -272,6 +315,7 @@ def annotated(value: Any, name: str = IMAGE_REGISTRIES, **metadata: Any) -> Case
 
 
 def test_the_mirrors_of_a_cluster() -> None:
+    # C13
     mirrors = {"registries": [{"source": "", "mirror": "reg/b", "more": 1}]}
     case = annotated(mirrors).with_service_proxy()
     assert {each["image"] for each in case.containers().values()} == {"reg/b/agent:1"}
@@ -308,6 +352,7 @@ def test_no_mirrors(value: str) -> None:
     ],
 )
 def test_mirrors_that_cannot_be_read(value: str, message: str) -> None:
+    # C13
     [problem] = problems(annotated(value))
     where = "ManagedCluster cluster1: metadata.annotations[open-cluster-management.io/image-registries]: "
     assert problem.startswith(where + message)
@@ -322,6 +367,7 @@ def own(value: Any, label: Any = "true") -> Case:
 
 @pytest.mark.parametrize("label", ["true", "True"])
 def test_the_node_selector_of_the_hubs_own_cluster(label: str) -> None:
+    # C14
     assert own({"a": "b"}, label).values()["nodeSelector"] == {"a": "b"}
 
 
@@ -337,11 +383,13 @@ def test_the_node_selector_of_the_hubs_own_cluster(label: str) -> None:
     ],
 )
 def test_no_node_selector(case: Case) -> None:
+    # C14
     assert case.values()["nodeSelector"] == {}
 
 
 @pytest.mark.parametrize("value", ["[]", "x", '{"a": 1}', '{"a": {"b": "c"}}', "1"])
 def test_a_node_selector_that_is_none(value: str) -> None:
+    # C14
     [problem] = problems(own(value))
     assert problem.startswith(
         "ManagedCluster cluster1: metadata.annotations[open-cluster-management/nodeSelector]: "
@@ -359,6 +407,7 @@ def test_the_certificate_of_the_service_proxy() -> None:
 
 
 def test_a_missing_certificate_of_the_service_proxy() -> None:
+    # C3
     case = Case().told(enable_service_proxy=True, signer_secret_namespace="hub")  # noqa: S106
     name = "cluster-proxy-service-proxy-server-cert"
     assert problems(case) == [
@@ -376,6 +425,7 @@ def test_a_missing_certificate_of_the_service_proxy() -> None:
 
 
 def test_variables_are_texts_and_come_over_the_rest() -> None:
+    # C10
     given = variables(
         replicas="2",
         serviceDomain="svc.example",
@@ -405,6 +455,7 @@ def test_a_tag_by_variable_takes_the_digest_away() -> None:
 
 
 def test_where_the_agent_is_installed() -> None:
+    # C10
     config = ManagerConfig(agent_install_namespace="own")
     assert install_namespace(config, None) == "own"
     assert install_namespace(config, deployment_config()) == "own"
@@ -418,6 +469,7 @@ def test_where_the_agent_is_installed() -> None:
 
 
 def test_node_placement() -> None:
+    # C10
     case = own({"a": "b"})
     assert case.given(deployment_config=deployment_config()).values()["nodeSelector"] == {"a": "b"}
     placed = deployment_config(nodePlacement={"nodeSelector": {"c": "d"}})
@@ -439,6 +491,7 @@ def test_a_proxy_to_the_hub() -> None:
 
 
 def test_the_ca_of_a_proxy() -> None:
+    # C10
     key = new_key()
     now = datetime(2026, 1, 1, tzinfo=UTC)
     hub, proxy = (new_authority(now, private_key=key).crt for _ in range(2))
@@ -457,6 +510,7 @@ def test_the_ca_of_a_proxy() -> None:
 
 
 def test_resources() -> None:
+    # C10
     given = deployment_config(
         resourceRequirements=[
             {
@@ -477,6 +531,15 @@ def test_resources() -> None:
         "addon-agent": {},
         "service-proxy": {"requests": {"cpu": "1"}},
     }
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("part", ["*" * 40 + "z", "*".join("proxy-agent" * 4) + "*z"])
+def test_a_pattern_that_nothing_matches_is_not_tried_for_ever(part: str) -> None:
+    requirement = {"containerID": f"*:*:{part}", "resources": {"limits": {"cpu": "1"}}}
+    given = deployment_config(resourceRequirements=[requirement])
+    containers = Case().given(deployment_config=given).containers()
+    assert not any("resources" in container for container in containers.values())
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,6 @@ from clusterproxy.addon.ca_rotation import (
     Phase,
     Rotation,
     State,
-    agents_have_bundle,
     fingerprint,
     step,
 )
@@ -82,7 +81,7 @@ def _keys_are_read_once() -> Iterator[None]:
 
 
 def go(state: State, now: datetime, generate: Any, **known: bool) -> State | None:
-    known = {"delivered": True, "previous_unused": True, **known}
+    known = {"delivered": True, "agents": True, **known}
     return step(state, now, generate=generate, **known)
 
 
@@ -110,6 +109,7 @@ def test_a_whole_rotation(generate: Any) -> None:
     new = prepared.following
     assert prepared.bundle() == old.crt + new.crt
     assert go(prepared, NOW + DAY, generate, delivered=False) is None
+    assert go(prepared, NOW + DAY, generate, agents=False) is None
 
     # However long ago the phase began: the overlap counts from when all have the bundle.
     found = go(prepared, NOW + DAY, generate)
@@ -129,16 +129,22 @@ def test_a_whole_rotation(generate: Any) -> None:
     assert switched.authority == new
     assert switched.bundle() == new.crt + old.crt
     assert go(switched, NOW + 300 * DAY, generate, delivered=False) is None
+    # What it has signed last has expired, whatever the agents say.
+    assert switched.began is not None
+    late = switched.began + LEAF_VALIDITY + DAY
+    assert go(switched, late - MINUTE, generate, agents=False) is None
+    over = go(switched, late, generate, agents=False)
+    assert over is not None
+    assert over.phase is Phase.STEADY
+
     began = NOW + 2 * DAY
     reissued = go(switched, began, generate)
     assert reissued is not None
     switched = reread(reissued, **{REQUEST: "2026-11"})
     assert switched.since == began
     assert go(switched, began + DEFAULT_OVERLAP - MINUTE, generate) is None
-    assert go(switched, began + DAY, generate, previous_unused=False) is None
-    late = began + LEAF_VALIDITY + DAY
-    assert go(switched, late - MINUTE, generate, previous_unused=False) is None
-    assert go(switched, late, generate, previous_unused=False) is not None
+    # An agent's turns up after all: the overlap begins anew when it is gone.
+    assert go(switched, began + DAY, generate, agents=False) == attrs.evolve(switched, since=None)
 
     retired = go(switched, began + DEFAULT_OVERLAP, generate)
     assert retired is not None
@@ -186,7 +192,7 @@ def test_it_begins_by_itself_in_time(generate: Any) -> None:
 
 def test_an_authority_that_has_expired_is_replaced_at_once(generate: Any) -> None:
     state = reread(State(authority=generate(NOW), requested="x"))
-    replaced = go(state, NOW + 3650 * DAY, generate, delivered=False, previous_unused=False)
+    replaced = go(state, NOW + 3650 * DAY, generate, delivered=False, agents=False)
     assert replaced is not None
     assert replaced.phase is Phase.STEADY
     assert replaced.authority != state.authority
@@ -215,8 +221,9 @@ def test_a_previous_authority_that_has_expired_is_not_waited_for(generate: Any) 
         began=end - DAY,
         since=end - DAY,
     )
-    assert go(state, end - MINUTE, generate, previous_unused=False) is None
-    retired = go(state, end, generate, previous_unused=False)
+    assert go(state, end - MINUTE, generate, agents=False) == attrs.evolve(state, since=None)
+    assert go(state, end, generate, delivered=False) == attrs.evolve(state, since=None)
+    retired = go(state, end, generate, agents=False)
     assert retired is not None
     assert retired.phase is Phase.STEADY
 
@@ -276,17 +283,21 @@ def test_an_administrator_ends_the_trust_in_previous_ones(generate: Any) -> None
     assert (following.began, following.since) == (NOW, None)
 
 
-def test_agents_have_the_bundle_when_that_is_said_of_it(generate: Any) -> None:
-    state = State(authority=generate(NOW))
-    assert agents_have_bundle(state)
-    assert agents_have_bundle(attrs.evolve(state, previous=generate(NOW).certificates))
-    prepared = attrs.evolve(state, following=generate(NOW))
-    right = fingerprint(prepared.bundle())
-    assert not agents_have_bundle(prepared)
-    assert agents_have_bundle(reread(prepared, **{DELIVERED: right}))
+def test_an_administrator_ends_the_wait_for_agents(generate: Any) -> None:
+    prepared = State(authority=generate(NOW), following=generate(NOW), began=NOW)
+    right = {DELIVERED: fingerprint(prepared.bundle())}
+    assert go(prepared, NOW, generate, agents=False) is None
+    said = reread(prepared, **right)
+    assert go(said, NOW, generate, agents=False) == attrs.evolve(said, since=NOW)
+    # What is on the hub is waited for all the same.
+    assert go(said, NOW, generate, delivered=False, agents=False) is None
     # What was said of another bundle means nothing.
-    another = attrs.evolve(prepared, following=generate(NOW))
-    assert not agents_have_bundle(reread(another, **{DELIVERED: right}))
+    another = reread(attrs.evolve(prepared, following=generate(NOW)), **right)
+    assert go(another, NOW, generate, agents=False) is None
+    # Nor does it of certificates.
+    retiring = State(authority=generate(NOW), previous=generate(NOW).certificates, began=NOW)
+    said = reread(retiring, **{DELIVERED: fingerprint(retiring.bundle())})
+    assert go(said, NOW, generate, agents=False) is None
 
 
 def somebodys(begin: datetime, end: datetime) -> Authority:
@@ -313,10 +324,10 @@ def somebodys(begin: datetime, end: datetime) -> Authority:
 def test_somebodys_own_authority_is_replaced_on_request_only(generate: Any) -> None:
     end = NOW + 100 * DAY
     state = reread(State(authority=somebodys(NOW, end)))
-    assert waits_for(state, (), NOW + 79 * DAY, "ns/signer") is None
+    assert waits_for(state, (), {}, NOW + 79 * DAY, "ns/signer") is None
     for now in (NOW + 90 * DAY, end, end + DAY):
         assert go(state, now, generate) is None
-        told = waits_for(state, (), now, "ns/signer")
+        told = waits_for(state, (), {}, now, "ns/signer")
         assert told is not None
         assert (told.by_itself, told.reason) == (False, "CAExpiring")
         assert "2027-03-06T00:00:00Z" in told.message
@@ -335,43 +346,79 @@ def test_somebodys_own_authority_is_replaced_on_request_only(generate: Any) -> N
 
 def test_what_is_waited_for_is_told(generate: Any) -> None:
     steady = State(authority=generate(NOW))
-    assert waits_for(steady, (), NOW, "ns/signer") is None
-    bad = waits_for(reread(steady, **{OVERLAP: "soon"}), (), NOW, "ns/signer")
+    assert waits_for(steady, (), {}, NOW, "ns/signer") is None
+    bad = waits_for(reread(steady, **{OVERLAP: "soon"}), (), {}, NOW, "ns/signer")
     assert bad is not None
     assert (bad.by_itself, bad.reason) == (False, "InvalidAnnotation")
     assert bad.message.startswith(f"annotation {OVERLAP}: ")
 
     prepared = attrs.evolve(steady, following=generate(NOW), began=NOW)
-    hub = waits_for(prepared, [f"Secret ns/{number}" for number in range(7)], NOW, "ns/signer")
+    hub = waits_for(
+        prepared, [f"Secret ns/{number}" for number in range(7)], None, NOW, "ns/signer"
+    )
     assert hub is not None
     assert (hub.by_itself, hub.reason) == (True, "AwaitingHub")
     assert hub.message.startswith("prepare since 2026-11-26T00:00:00Z: ")
     assert "Secret ns/4 and 2 more" in hub.message
-    agents = waits_for(prepared, (), NOW, "ns/signer")
+    agents = waits_for(prepared, (), None, NOW, "ns/signer")
     assert agents is not None
     assert (agents.by_itself, agents.reason) == (False, "AwaitingDelivery")
     said = f"{DELIVERED}={fingerprint(prepared.bundle())}"
     assert agents.message.endswith(f"kubectl -n ns annotate secret signer --overwrite {said}")
-    both = waits_for(reread(prepared, **{OVERLAP: "soon"}), (), NOW, "ns/signer")
+    both = waits_for(reread(prepared, **{OVERLAP: "soon"}), (), None, NOW, "ns/signer")
     assert both is not None
     assert both.message == f"{bad.message}; {agents.message}"
 
     delivered = attrs.evolve(reread(prepared, **dict([said.split("=")])), since=NOW + MINUTE)
-    soon = waits_for(delivered, (), NOW + MINUTE, "ns/signer")
+    soon = waits_for(delivered, (), None, NOW + MINUTE, "ns/signer")
     assert soon is not None
+    assert soon == waits_for(attrs.evolve(delivered, delivered=""), (), {}, NOW, "ns/signer")
+    assert soon == waits_for(delivered, (), {"one": ""}, NOW, "ns/signer")
     assert (soon.by_itself, soon.reason) == (True, "Delivered")
     assert soon.message.endswith("from 2026-11-26T00:11:00Z on")
 
     retiring = go(delivered, NOW + DAY, generate)
     assert retiring is not None
-    late = waits_for(retiring, ["Secret ns/proxy-server"], NOW + DAY, "ns/signer")
+    late = waits_for(retiring, ["Secret ns/proxy-server"], {}, NOW + DAY, "ns/signer")
     assert late is not None
     assert (late.by_itself, late.reason) == (True, "AwaitingHub")
-    last = waits_for(attrs.evolve(retiring, since=NOW + DAY), (), NOW + DAY, "ns/signer")
+    last = waits_for(retiring, (), None, NOW + DAY, "ns/signer")
     assert last is not None
     assert (last.by_itself, last.reason) == (True, "Retiring")
     assert "until 2027-05-27T00:00:00Z" in last.message
-    assert last.message.endswith(f"{RETIRED}={fingerprint(retiring.write()[0]['previous-ca.crt'])}")
+    command = f"{RETIRED}={fingerprint(retiring.write()[0]['previous-ca.crt'])}"
+    assert last.message.endswith(command)
+    over = waits_for(attrs.evolve(retiring, since=NOW + DAY), (), {}, NOW + 2 * DAY, "ns/signer")
+    assert over is not None
+    assert over == waits_for(retiring, (), {}, NOW + DAY, "ns/signer")
+    assert (over.by_itself, over.reason) == (True, "Retiring")
+    assert over.message.endswith("until 2026-11-27T00:10:00Z")
+
+
+def test_the_clusters_that_are_waited_for_are_named(generate: Any) -> None:
+    prepared = State(authority=generate(NOW), following=generate(NOW), began=NOW)
+    names = {f"cluster{number}": "" for number in range(7)}
+    waiting = waits_for(prepared, (), names, NOW, "ns/signer")
+    assert waiting is not None
+    assert (waiting.by_itself, waiting.reason) == (True, "AwaitingAgents")
+    assert ": cluster0, cluster1, cluster2, cluster3, cluster4 and 2 more. " in waiting.message
+    command = f"{DELIVERED}={fingerprint(prepared.bundle())}"
+    assert waiting.message.endswith(f"annotate secret signer --overwrite {command}")
+    # One that does not come by itself needs a decision, wherever it is in the list.
+    stuck = waits_for(prepared, (), names | {"cluster6": "not available"}, NOW, "ns/signer")
+    assert stuck is not None
+    assert (stuck.by_itself, stuck.reason) == (False, "AwaitingDelivery")
+    one = waits_for(prepared, (), {"far": "not available"}, NOW, "ns/signer")
+    assert one is not None
+    assert ": far (not available). " in one.message
+
+    retiring = State(authority=generate(NOW), previous=generate(NOW).certificates, began=NOW)
+    waiting = waits_for(retiring, (), {"a": "", "far": "not available"}, NOW, "ns/signer")
+    assert waiting is not None
+    assert (waiting.by_itself, waiting.reason) == (True, "Retiring")
+    assert "until 2027-05-26T00:00:00Z" in waiting.message
+    assert ": a, far (not available). " in waiting.message
+    assert f" {RETIRED}=" in waiting.message
 
 
 def test_the_overlap_is_a_duration(generate: Any) -> None:
@@ -422,12 +469,11 @@ class Holder(Generic[T]):
     """A secret, and what may be in use of what was in it: it takes up to the overlap until something new is."""
 
     stored: T
-    changed: datetime = NOW
     before: list[tuple[T, datetime]] = attrs.field(factory=list[Any])
 
     def write(self, content: T, now: datetime) -> None:
         self.before.append((self.stored, now + DEFAULT_OVERLAP))
-        self.stored, self.changed = content, now
+        self.stored = content
 
     def used(self, now: datetime) -> list[T]:
         self.before = [(content, until) for content, until in self.before if now < until]
@@ -445,7 +491,7 @@ class Overlap(RuleBasedStateMachine):
         self.tokens = count()
         self.state = State(authority=self.generate(NOW))
         bundle = self.state.bundle()
-        # The first two are the hub's, which a pass looks at; the last one's an administrator answers for.
+        # The first two are the hub's, which a pass looks at; the last one's its cluster answers for.
         self.secrets = [Holder(bundle) for _ in range(3)]
         self.certificates = [Holder(self._issue()) for _ in range(3)]
 
@@ -513,18 +559,19 @@ class Overlap(RuleBasedStateMachine):
     def reconcile(self, *, known: bool, writes: bool) -> None:
         state = self.state
         # A caller who does not know says no.
-        delivered = known and all(each.stored == state.bundle() for each in self.secrets)
+        delivered = all(each.stored == state.bundle() for each in self.secrets[:2])
         old = [each.stored.issuer in state.previous for each in self.certificates]
         if state.phase is Phase.RETIRE:
             delivered = delivered and not any(old[:2])
-        # When the agent's was replaced counts as well, if anybody knows that it was.
-        unused = known and not any(old) and self.certificates[2].changed <= (state.since or NOW)
+            agents = known and not old[2]
+        else:
+            agents = known and self.secrets[2].stored == state.bundle()
         if writes:
             for place in (0, 1):
                 self.deliver(place)
                 self.reissue(place)
         following = step(
-            state, self.now, delivered=delivered, previous_unused=unused, generate=self.generate
+            state, self.now, delivered=delivered, agents=agents, generate=self.generate
         )
         if following is not None:
             self.state = reread(following, **{REQUEST: self.state.requested})

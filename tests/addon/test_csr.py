@@ -8,16 +8,17 @@ from typing import Any
 
 import attrs
 import pytest
+from agents import Case, deployment_config, golden_case, golden_manifests
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from golden_objects import golden
+from golden_objects import HOSTNAME, PORT_FORWARD, golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clusterproxy.addon.certificate_request import RequestRefused, load_request
+from clusterproxy.addon.certificate_request import TOO_LARGE, RequestRefused, load_request
 from clusterproxy.addon.certificates import Authority, issued_by, new_authority
 from clusterproxy.addon.csr import (
     Decision,
@@ -35,6 +36,8 @@ from clusterproxy.addon.registration import (
     Subject,
     agent_registrations,
 )
+from clusterproxy.tunnel.agent_identity import IdentityRefused, check_identity
+from clusterproxy.tunnel.identifiers import Identifiers
 
 NOW = datetime(2026, 11, 26, 6, 0, 0, 500_000, tzinfo=UTC)
 BEGAN = datetime(2026, 11, 20, 6, 0, 0, tzinfo=UTC)
@@ -133,6 +136,7 @@ def sign(authority: Authority, obj: Object, now: datetime = NOW) -> x509.Certifi
 
 @pytest.mark.parametrize("signer", [AGENT_SIGNER, KUBE_CLIENT_SIGNER])
 def test_a_klusterlet_gets_what_is_registered(authority: Authority, signer: str) -> None:
+    # C17
     obj = good(authority, signer)
     decision = decide(authority, obj)
     assert decision.verdict is Verdict.APPROVE
@@ -213,6 +217,7 @@ def test_what_is_decided(authority: Authority, kind: str) -> None:
 def test_a_cluster_that_may_not(
     authority: Authority, cluster: Any, addon: Any, reason: str
 ) -> None:
+    # C17
     obj = good(authority)
     decision = decide(authority, obj, cluster, addon)
     assert (decision.verdict, decision.reason) == (Verdict.LEAVE_PENDING, reason)
@@ -293,6 +298,7 @@ def test_a_label_is_not_believed(authority: Authority) -> None:
 
 @pytest.mark.parametrize("signer", ["", "kubernetes.io/kubelet-serving", "example.com/x", None, 5])
 def test_a_signer_that_is_not_registered(authority: Authority, signer: Any) -> None:
+    # C17
     obj = good(authority)
     obj["spec"]["signerName"] = signer
     assert decide(authority, obj).reason == "UnknownSigner"
@@ -432,6 +438,12 @@ def test_a_request_that_is_none(authority: Authority, content: Any) -> None:
     assert message.startswith("spec.request is no certificate request in PEM: ")
 
 
+def test_a_request_that_is_not_kept_is_refused(authority: Authority) -> None:
+    obj = good(authority)
+    obj["spec"]["request"] = TOO_LARGE
+    foreign("TooLarge", authority, obj)
+
+
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(st.integers(0, 10_000), st.binary(min_size=1, max_size=3))
 def test_a_request_that_was_damaged(place: int, damage: bytes) -> None:
@@ -449,6 +461,7 @@ def test_a_request_that_was_damaged(place: int, damage: bytes) -> None:
 
 
 def test_what_is_signed(authority: Authority) -> None:
+    # C17
     usage = x509.BasicConstraints(ca=True, path_length=None)
     obj = good(authority, extensions=[usage])
     certificate = sign(authority, obj)
@@ -594,3 +607,58 @@ def test_a_request_of_any_shape(value: Any) -> None:
         assert approval(broken, CLUSTER, ADDON, b"x").verdict is not Verdict.APPROVE
         assert approval(obj, value, value, b"x").verdict is not Verdict.APPROVE
         needs_signature(broken)
+
+
+# -- what proxy servers make of it -----------------------------------------------------------------
+
+
+def uris_of(certificate: x509.Certificate) -> list[str]:
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return names.get_values_for_type(x509.UniformResourceIdentifier)
+
+
+def claimed(manifests: list[Object]) -> Identifiers:
+    """Return what the agent claims that is among *manifests*, by its arguments."""
+    [text] = [
+        argument.removeprefix("--agent-identifiers=")
+        for obj in manifests
+        if obj["kind"] == "Deployment"
+        for container in obj["spec"]["template"]["spec"]["containers"]
+        for argument in container["args"]
+        if argument.startswith("--agent-identifiers=")
+    ]
+    return Identifiers.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("case", "count"),
+    [
+        (Case(), 3),
+        (Case().with_service_proxy(), 3),
+        (Case().told(enable_kube_api_proxy=False), 1),
+        (Case().told(enable_kube_api_proxy=False).with_service_proxy(), 1),
+        (Case().told(agent_install_namespace="own-ns"), 3),
+        (Case().given(deployment_config=deployment_config(agentInstallNamespace="there")), 3),
+        (golden_case(HOSTNAME), 3),
+        (golden_case(PORT_FORWARD), 3),
+    ],
+)
+def test_a_server_accepts_every_agent_with_its_own_certificate(
+    authority: Authority, case: Case, count: int
+) -> None:
+    identifiers = claimed(list(case.objects().values()))
+    assert len(identifiers.hosts) == count
+    uris = uris_of(sign(authority, good(authority)))
+    assert check_identity(uris, identifiers, required=True) == "cluster1"
+    # And with that of no other cluster.
+    with pytest.raises(IdentityRefused):
+        check_identity([f"{URI}0"], identifiers, required=False)
+
+
+@pytest.mark.parametrize(
+    "situation", ["02-hub-addon", "03-manifests", "07-custom-namespace", "07-hub-addon"]
+)
+def test_a_server_accepts_the_originals_agents(authority: Authority, situation: str) -> None:
+    uris = uris_of(sign(authority, good(authority)))
+    identifiers = claimed(golden_manifests(situation))
+    assert check_identity(uris, identifiers, required=True) == "cluster1"

@@ -27,6 +27,7 @@ from clusterproxy.addon.hub_objects import (
     tls_config_hash,
     wanted_leaves,
 )
+from clusterproxy.cli.server import server_flags
 from clusterproxy.kube.resource import DEPLOYMENTS, ROLES, SECRETS, SERVICE_ACCOUNTS, SERVICES
 
 CA = b"-----BEGIN CERTIFICATE-----\n"
@@ -110,11 +111,14 @@ def test_hashes_are_the_originals() -> None:
     for key in (
         ("ServiceAccount", "cluster-proxy"),
         ("Service", "proxy-entrypoint"),
-        ("Role", "cluster-proxy-addon-agent:portforward"),
         ("RoleBinding", "cluster-proxy-addon-agent:portforward"),
     ):
         assert ours[key]["metadata"]["annotations"] == theirs[key]["metadata"]["annotations"]
-    # That of the deployment too, if it holds what the original's does.
+    prefix = "proxy.open-cluster-management.io"
+    # Those of the role and the deployment too, if they hold what the original's do.
+    role = theirs["Role", "cluster-proxy-addon-agent:portforward"]
+    sent = {"rules": role["rules"]}
+    assert rendered_hash(ROLES, sent) == role["metadata"]["annotations"][f"{prefix}/rendered-hash"]
     live = theirs["Deployment", "cluster-proxy"]
     sent = {
         "spec": {
@@ -145,7 +149,6 @@ def test_hashes_are_the_originals() -> None:
         }
     }
     annotations = live["metadata"]["annotations"]
-    prefix = "proxy.open-cluster-management.io"
     assert rendered_hash(DEPLOYMENTS, sent) == annotations[f"{prefix}/rendered-hash"]
     assert tls_config_hash("VersionTLS12", ()) == annotations[f"{prefix}/tls-config-hash"]
 
@@ -236,6 +239,19 @@ def test_everything_configured_is_in_the_deployment() -> None:
         "s1",
         "s3",
     ]
+
+
+@pytest.mark.parametrize("arguments", [(), ("--v=4",), ("--agent-identity=require",)])
+def test_servers_look_at_agents_unless_arguments_say_otherwise(arguments: tuple[str, ...]) -> None:
+    container = container_of(with_args(*arguments))
+    environment = {each["name"]: each["value"] for each in container["env"]}
+    # No flag, for an image of the original's would not start with it.
+    assert [each for each in container["args"] if "identity" in each] == [
+        each for each in arguments if "identity" in each
+    ]
+    flags = server_flags(agent_identity=environment["PROXY_SERVER_AGENT_IDENTITY"])
+    told = flags.parse(container["args"]).fields(flags)["agent_identity"]
+    assert told == ("require" if "--agent-identity=require" in arguments else "verify")
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ def names(work: Object) -> list[str]:
 
 
 def test_one_work() -> None:
+    # C18
     references = [
         {"group": "g.io", "resource": "things", "desiredConfig": {"name": "b", "specHash": "h<"}},
         {
@@ -230,6 +231,7 @@ def test_of_two_that_are_the_same_the_last_counts() -> None:
 
 
 def test_nothing_is_written_that_is_there() -> None:
+    # C18
     reference = {"resource": "r", "desiredConfig": {"name": "a", "specHash": "2"}}
     (wanted,) = works(addon(references=[reference]), OBJECTS).wanted
     live = created(wanted)
@@ -320,6 +322,7 @@ def state(kind: str, status: str, **more: Any) -> Object:
     ],
 )
 def test_when_an_agent_is_rendered(conditions: Any, may: bool) -> None:
+    # D4
     assert may_deploy(addon(conditions=conditions)) == may
 
 
@@ -372,6 +375,7 @@ BAD = (
 def test_what_became_of_the_works(
     present: list[Object], new: Any, after_failure: Any, after_success: Any
 ) -> None:
+    # D5
     other = state("Configured", "True")
     failed, good = (
         state("ManifestApplied", status, reason=reason, message=message, lastTransitionTime="t")
@@ -405,6 +409,7 @@ def test_which_manifests_failed() -> None:
 
 
 def test_what_went_wrong_on_the_hub() -> None:
+    # D6
     for failed, text in (
         (render_failed_patch, "failed to get manifest from agent interface: why"),
         (build_failed_patch, "failed to build manifestwork: why"),

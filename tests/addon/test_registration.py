@@ -100,6 +100,7 @@ CUSTOM_SIGNER: Object = {
 
 
 def test_the_steps_that_one_sees() -> None:
+    # C17, D2, D3
     obj = addon(conditions=[{"type": "Configured", "status": "True"}])
     first, second, third = steps(obj)
     assert first == {
@@ -142,6 +143,7 @@ def test_the_flat_shape_of_v1alpha1() -> None:
 
 
 def test_a_changed_authority_changes_the_unit_only() -> None:
+    # C17
     obj = addon()
     steps(obj)
     (changed,) = steps(obj, attrs.evolve(WANTED, ca_crt=b"another"))
@@ -180,6 +182,7 @@ def test_who_the_agent_is() -> None:
 
 
 def test_with_tokens_the_subject_stays() -> None:
+    # D9
     obj = addon()
     steps(obj)
     client = {"driver": "token", "subject": {"user": ACCOUNT}}
@@ -192,6 +195,7 @@ def test_with_tokens_the_subject_stays() -> None:
 
 @pytest.mark.parametrize("subject", [{}, {"subject": {}}, {"subject": {"user": "", "groups": []}}])
 def test_with_tokens_and_no_subject_yet(subject: Object) -> None:
+    # D9
     obj = addon(
         registrations=[{"type": "kubeClient", "kubeClient": {"driver": "token", **subject}}]
     )
@@ -258,6 +262,7 @@ def test_where_it_is_installed(configured: str, annotation: Any, spec: Any, name
 
 
 def test_who_owns_it() -> None:
+    # D1
     obj = addon()
     owner = {"kind": "ClusterManagementAddOn", "name": "cluster-proxy"}
     for owners, owned in (

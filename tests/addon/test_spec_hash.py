@@ -142,6 +142,7 @@ def test_go_says_the_same() -> None:
 
 
 def test_a_reference_gets_generation_and_hash() -> None:
+    # D7
     addon: dict[str, Any] = {
         "metadata": {"uid": "u", "resourceVersion": "5"},
         "spec": {"configs": [in_spec(DEPLOYMENT)]},
@@ -174,6 +175,7 @@ def test_a_missing_configuration_changes_nothing() -> None:
 
 @pytest.mark.parametrize("field", ["defaultConfigReferences", "defaultconfigReferences"])
 def test_the_default_references_get_hashes(field: str) -> None:
+    # D7
     progression = {"name": "placement", "configReferences": [named(DEPLOYMENT), named(OTHER)]}
     addon: dict[str, Any] = {
         "metadata": {"resourceVersion": "5"},

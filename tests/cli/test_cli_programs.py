@@ -30,6 +30,7 @@ def process_state(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
     for name in (
         "PROXY_SERVER_ID",
         "PROXY_SERVER_AGENT_ARRIVAL_TIMEOUT",
+        "PROXY_SERVER_AGENT_IDENTITY",
         "PROXY_AGENT_ID",
         "HTTPS_PROXY",
         "https_proxy",
@@ -264,6 +265,41 @@ def test_what_the_environment_says_is_checked(
     monkeypatch.setenv("PROXY_SERVER_AGENT_ARRIVAL_TIMEOUT", value)
     assert server.main(["--uds-name=x", "--server-port=0"]) == 1
     assert capsys.readouterr().err.endswith(f"\n\nerror: {message}\n")
+    assert configs == []
+
+
+@pytest.mark.parametrize(
+    ("value", "argv", "mode"),
+    [
+        (None, [], "off"),
+        ("", [], "off"),
+        ("verify", [], "verify"),
+        ("verify", ["--agent-identity=off"], "off"),
+        ("nonsense", ["--agent-identity=verify"], "verify"),
+    ],
+)
+def test_the_environment_may_say_whether_agents_are_looked_at(
+    configs: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    value: str | None,
+    argv: list[str],
+    mode: str,
+) -> None:
+    if value is not None:
+        monkeypatch.setenv("PROXY_SERVER_AGENT_IDENTITY", value)
+    assert server.main(["--uds-name=x", "--server-port=0", *argv]) == 0
+    assert configs[0].agent_identity == mode
+
+
+def test_what_the_environment_says_of_agents_is_checked(
+    configs: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PROXY_SERVER_AGENT_IDENTITY", "Verify")
+    assert server.main(["--uds-name=x", "--server-port=0"]) == 1
+    assert capsys.readouterr().err.endswith(
+        "\n\nerror: the environment's PROXY_SERVER_AGENT_IDENTITY must be one of off, verify, require, "
+        'not "Verify"\n'
+    )
     assert configs == []
 
 

@@ -10,13 +10,21 @@ import attrs
 import pytest
 
 from clusterproxy.addon.config import ControllersConfig, ManagerConfig
+from clusterproxy.addon_agent.config import AddonAgentConfig
 from clusterproxy.agent.config import AgentConfig
+from clusterproxy.cli.addon_agent import addon_agent_flags
 from clusterproxy.cli.addon_manager import manager_flags
 from clusterproxy.cli.agent import agent_flags
 from clusterproxy.cli.controllers import controllers_flags
 from clusterproxy.cli.klog import LOG_FLAGS
 from clusterproxy.cli.server import server_flags
+from clusterproxy.cli.service_proxy import service_proxy_flags
+from clusterproxy.cli.test_client import RequestsConfig, requests_flags
+from clusterproxy.cli.test_server import PagesConfig, pages_flags
+from clusterproxy.cli.user_server import user_server_flags
 from clusterproxy.server.config import ServerConfig
+from clusterproxy.service_proxy.config import ServiceProxyConfig
+from clusterproxy.user_server.config import UserServerConfig
 
 if TYPE_CHECKING:
     from clusterproxy.cli.goflags import FlagSet
@@ -47,6 +55,11 @@ TABLES = [
     ("proxy-agent", agent_flags()),
     ("addon-manager", manager_flags()),
     ("controllers", controllers_flags()),
+    ("user-server", user_server_flags()),
+    ("service-proxy", service_proxy_flags()),
+    ("addon-agent", addon_agent_flags()),
+    ("proxy-test-client", requests_flags()),
+    ("proxy-test-server", pages_flags()),
 ]
 
 
@@ -78,6 +91,11 @@ def test_defaults_and_flags_without_effect_are_told(heading: str, flags: FlagSet
         (AgentConfig, agent_flags(), {"given", "server_addresses", "proxy_environment"}),
         (ManagerConfig, manager_flags(), {"given", "pod_namespace"}),
         (ControllersConfig, controllers_flags(), {"given", "pod_namespace"}),
+        (UserServerConfig, user_server_flags(), {"given", "pod_namespace"}),
+        (ServiceProxyConfig, service_proxy_flags(), {"given", "pod_namespace", "service_account"}),
+        (AddonAgentConfig, addon_agent_flags(), {"given", "pod_namespace"}),
+        (RequestsConfig, requests_flags(), set()),
+        (PagesConfig, pages_flags(), set()),
     ],
 )
 def test_each_field_has_one_flag_with_its_default(

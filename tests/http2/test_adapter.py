@@ -473,3 +473,19 @@ def test_broken_input_raises_nothing_but_h2_errors(
         assert types([last]) == ["GoAway"]
         with pytest.raises(H2Error):
             connection.receive(raw(PING, 0, 0, bytes(8)))
+
+
+def huffman_coded(connection: H2Connection, size: int) -> bool:
+    connection.initiate_connection()
+    value = b"x" * size
+    connection.send_headers(1, [*REQUEST, (b"a", value)])
+    return value not in connection.data_to_send()
+
+
+def test_long_fields_are_not_huffman_coded() -> None:
+    assert huffman_coded(ours(client=True), 200)
+    assert not huffman_coded(ours(client=True), 300)
+
+
+def test_h2_still_huffman_codes_fields_however_long() -> None:
+    assert huffman_coded(plain(client=True), 2000)

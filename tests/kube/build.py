@@ -1,5 +1,7 @@
 """The programs of a control plane: Kubernetes' and Open Cluster Management's from Go modules, etcd from the system.
 
+And Prometheus, as what is behind a proxy.
+
 ``python -m kube.build`` builds what is absent; tests only take what is there, for a build is longer than a test may be.
 """
 
@@ -30,11 +32,13 @@ _SAY_EVERY_S: Final = 15.0
 
 @attrs.frozen(kw_only=True)
 class _Program:
-    """What a folder with a main.go beside its go.mod and go.sum is built into.
+    """What is built from a folder with go.mod and go.sum, and mostly a program in Go beside them.
 
     Attributes:
       name: of the program and its folder in the cache.
       module: whose version it has.
+      package: of another module, if there is no program in the folder.
+      tags: with which it is built.
       parts: what it is, for people.
       build_time: likewise.
     """
@@ -44,6 +48,8 @@ class _Program:
     module: str
     parts: str
     build_time: str
+    package: str = "."
+    tags: str = ""
 
 
 _KUBE: Final = _Program(
@@ -59,6 +65,22 @@ _OCM: Final = _Program(
     module="open-cluster-management.io/ocm",
     parts="OCM's add-on manager, conversion webhook and placement controller",
     build_time="3 to 5 minutes",
+)
+_KUBELETD: Final = _Program(
+    name="kubeletd",
+    sources=Path(__file__).with_name("kubeletd"),
+    module="k8s.io/cri-streaming",
+    parts="what a kubelet does for kubectl logs, exec, attach and port-forward",
+    build_time="a few seconds after Kubernetes, 1 to 2 minutes without,",
+)
+_PROMETHEUS: Final = _Program(
+    name="prometheus",
+    sources=Path(__file__).with_name("prometheus"),
+    module="github.com/prometheus/prometheus",
+    parts="Prometheus without its discoveries and its pages",
+    build_time="2 to 6 minutes",
+    package="github.com/prometheus/prometheus/cmd/prometheus",
+    tags="remove_all_sd",
 )
 
 
@@ -107,6 +129,33 @@ def ocm_program() -> Path:
     return _built(_OCM)
 
 
+def kubectl_command() -> tuple[str, str]:
+    """Return how kubectl is run: it is in the program of the servers, and of their version.
+
+    Raises:
+      MissingProgramError: it is not built, or there is no Go.
+    """
+    return (str(kube_program()), "kubectl")
+
+
+def kubeletd_program() -> Path:
+    """Return the built program of kubeletd/, which :mod:`kube.node` runs.
+
+    Raises:
+      MissingProgramError: it is not built, or there is no Go.
+    """
+    return _built(_KUBELETD)
+
+
+def prometheus_program() -> Path:
+    """Return the built Prometheus.
+
+    Raises:
+      MissingProgramError: it is not built, or there is no Go.
+    """
+    return _built(_PROMETHEUS)
+
+
 @functools.cache
 def ocm_folder() -> Path:
     """Return the files of OCM's own module, of the version of :func:`ocm_program`; downloads it if it was not yet."""
@@ -120,7 +169,7 @@ def module_folder(module: str) -> Path:
 
 def build() -> None:
     """Build the servers that are not there, and say on stderr how far it is."""
-    for program in (_KUBE, _OCM):
+    for program in (_KUBE, _OCM, _KUBELETD, _PROMETHEUS):
         if not _path(program).exists():
             _build(program)
 
@@ -135,7 +184,8 @@ def _build(program: _Program) -> None:
             f"Building {program.parts} {_version(program)} from their Go modules: "
             f"once, {program.build_time} on 2 cores."
         )
-        packages = len(_go(program.sources, "list", "-deps", ".").splitlines())
+        listing = _go(program.sources, "list", "-deps", f"-tags={program.tags}", program.package)
+        packages = len(listing.splitlines())
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{os.getpid()}")
         try:
@@ -154,7 +204,7 @@ def _built(program: _Program) -> Path:
 
 def _version(program: _Program) -> str:
     found = re.search(
-        rf"^\t{re.escape(program.module)} v(\S+)$",
+        rf"^\t{re.escape(program.module)} v(\S+)(?: // indirect)?$",
         (program.sources / "go.mod").read_text(),
         re.MULTILINE,
     )
@@ -164,8 +214,11 @@ def _version(program: _Program) -> str:
 
 def _path(program: _Program) -> Path:
     key = hashlib.sha256()
-    for name in ("go.mod", "go.sum", "main.go"):
+    for name in ("go.mod", "go.sum"):
         key.update((program.sources / name).read_bytes())
+    for source in sorted(program.sources.glob("*.go")):
+        key.update(source.read_bytes())
+    key.update(f"{program.tags}{program.package.strip('.')}".encode())
     key.update(_go(program.sources, "env", "GOVERSION", "GOARCH").encode())
     folder = f"{program.name}-{_version(program)}-{key.hexdigest()[:16]}"
     return cache_folder() / folder / program.name
@@ -179,7 +232,8 @@ def _compile(program: _Program, output: Path, packages: int) -> None:
         major, minor, _ = _version(program).split(".")
         version = {"gitVersion": f"v{_version(program)}", "gitMajor": major, "gitMinor": minor}
         flags += "".join(f" -X k8s.io/component-base/version.{k}={v}" for k, v in version.items())
-    command = ("go", "build", "-v", "-trimpath", f"-ldflags={flags}", "-o", str(output), ".")
+    options = ("-v", "-trimpath", f"-tags={program.tags}", f"-ldflags={flags}")
+    command = ("go", "build", *options, "-o", str(output), program.package)
     start = said = time.monotonic()
     begun = 0
     others: list[str] = []

@@ -68,6 +68,12 @@ class Container:
         name: str = self.spec["name"]
         return name
 
+    @property
+    def pid(self) -> int:
+        """The process that runs now, 0 if none does."""
+        process = self.process
+        return 0 if process is None or process.returncode is not None else process.pid
+
     def status(self) -> Object:
         """The element of a pod's ``status.containerStatuses``."""
         image = self.spec["image"]

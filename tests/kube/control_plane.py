@@ -179,6 +179,10 @@ class ControlPlane:
             f"--tls-cert-file={self.directory / 'apiserver.crt'}",
             f"--tls-private-key-file={self.directory / 'apiserver.key'}",
             f"--client-ca-file={self.ca}",
+            f"--kubelet-certificate-authority={self.ca}",
+            f"--kubelet-client-certificate={self.directory / 'kubelet-client.crt'}",
+            f"--kubelet-client-key={self.directory / 'kubelet-client.key'}",
+            "--kubelet-preferred-address-types=InternalIP",
             "--service-account-issuer=https://kubernetes.default.svc",
             f"--service-account-signing-key-file={self.directory / 'accounts.key'}",
             f"--service-account-key-file={self.directory / 'accounts.key'}",
@@ -356,6 +360,11 @@ class ControlPlane:
             "admin": authority.issue_cert(
                 "admin.test", common_name="admin", organization_name="system:masters"
             ),
+            # The apiserver's to kubelets, and the one that they show it: see kube.node.
+            "kubelet-client": authority.issue_cert(
+                "apiserver.test", common_name="kube-apiserver-kubelet-client"
+            ),
+            "kubelet": authority.issue_cert(_LOOPBACK),
             # Of this one only the key is used, to sign the tokens of service accounts.
             "accounts": authority.issue_cert(common_name="accounts"),
         }

@@ -15,6 +15,7 @@ import attrs
 import trio
 from cryptography import x509
 
+from clusterproxy.addon.certificates import go_time
 from clusterproxy.errors import NotFound
 from clusterproxy.kube.controller import Controller
 from clusterproxy.kube.reflector import Reflector
@@ -246,7 +247,7 @@ class AddOnAgent:
             certificate = base64.b64decode(issued)
             loaded = x509.load_pem_x509_certificate(certificate)
             since, until = loaded.not_valid_before_utc, loaded.not_valid_after_utc
-            text = f"client certificate rotated starting from {since} to {until}"
+            text = f"client certificate rotated starting from {go_time(since)} to {go_time(until)}"
             updated = condition(
                 "ClusterCertificateRotated", "True", "ClientCertificateUpdated", text
             )

@@ -63,14 +63,17 @@ def certificate_request(
     units: Iterable[str] = (),
     *,
     names: Iterable[str] = (),
+    uris: Iterable[str] = (),
 ) -> bytes:
-    """Return a request in PEM, of these DNS names."""
+    """Return a request in PEM, of these DNS names and URIs."""
     attributes = [
         *(x509.NameAttribute(NameOID.ORGANIZATION_NAME, group) for group in groups),
         *(x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, unit) for unit in units),
         x509.NameAttribute(NameOID.COMMON_NAME, user, _validate=False),
     ]
     builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name(attributes))
-    if alternatives := [x509.DNSName(name) for name in names]:
+    alternatives: list[x509.GeneralName] = [x509.DNSName(name) for name in names]
+    alternatives += [x509.UniformResourceIdentifier(uri) for uri in uris]
+    if alternatives:
         builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)

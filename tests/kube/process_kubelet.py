@@ -8,6 +8,8 @@ for it, in a mount namespace of the process (which needs root, or user namespace
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import subprocess
@@ -45,7 +47,7 @@ class ProcessKubelet(Background):
 
     Args:
       commands: what is run, by the first word of a container's command, or by its image if it has no command.
-      directory: of the pods: volumes, and one log a container.
+      directory: of the pods: volumes, and one log a container; and of each a file for kubeletd/, see :mod:`kube.node`.
     """
 
     def __init__(
@@ -79,10 +81,10 @@ class ProcessKubelet(Background):
     def pids(self) -> list[int]:
         """Return the process ids of the containers that run now."""
         return [
-            container.process.pid
+            container.pid
             for pod in list(self._running.values())
             for container in pod.containers
-            if container.process is not None and container.process.returncode is None
+            if container.pid
         ]
 
     async def main(self, *, task_status: trio.TaskStatus[None]) -> None:
@@ -123,6 +125,7 @@ class ProcessKubelet(Background):
             await pod.run()
         finally:
             del self._running[uid]
+            pod.tell_of_end()
 
 
 class _Pod:
@@ -143,6 +146,7 @@ class _Pod:
         self._since: dict[str, tuple[bool, str]] = {}
         self._began = now()
         self._waits_for = ""
+        self._beside: dict[str, Object] = {}
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -290,28 +294,34 @@ class _Pod:
         variables = self._variables(spec, mounts)
         own = [*spec.get("command", [spec["image"]]), *spec.get("args", [])]
         log = self.folder / f"{spec['name']}.log"
+        before = () if token is None else shows_account(token)
+        stdin = self.folder / f"{spec['name']}.stdin" if spec.get("stdin") else None
+        if stdin is not None and not stdin.exists():
+            os.mkfifo(stdin)
+        self._beside[spec["name"]] = {
+            "log": str(log),
+            "stdin": "" if stdin is None else str(stdin),
+            "command": before,
+            "programs": {name: command.program for name, command in self.kubelet.commands.items()},
+            "folder": str(self.folder),
+            "environment": [f"{name}={value}" for name, value in variables.items()],
+            "mounts": [(path, str(mounts[path])) for path in sorted(mounts, key=len, reverse=True)],
+        }
 
         def launch(command: list[str] | None) -> subprocess.Popen[bytes]:
             words = [moved(expanded(word, variables), mounts) for word in command or own]
             line = command_line(
                 words, self.kubelet.commands, self.address, hook=command is not None
             )
-            if token is not None:
-                line = (
-                    *_namespace(),
-                    "sh",
-                    "-c",
-                    _SHOW_ACCOUNT,
-                    str(token),
-                    _ACCOUNT_FOLDER,
-                    *line,
-                )
-            with log.open("ab") as output:
+            with contextlib.ExitStack() as files:
+                output = files.enter_context(log.open("ab"))
+                # Who opens a FIFO for both does not wait, and never reads an end.
+                mode, file = ("rb", os.devnull) if stdin is None else ("r+b", stdin)
                 return subprocess.Popen(
-                    ("setpriv", "--pdeathsig", "KILL", *line),
+                    ("setpriv", "--pdeathsig", "KILL", *before, *line),
                     cwd=self.folder,
                     env=variables,
-                    stdin=subprocess.DEVNULL,
+                    stdin=files.enter_context(open(file, mode, buffering=0)),
                     stdout=output,
                     stderr=output,
                     start_new_session=True,
@@ -352,9 +362,37 @@ class _Pod:
                 return contents(volume, *items, {}, {}).get("v", b"").decode()
         raise AssertionError(f"no way to make the variable from {source}")
 
+    # -- kubeletd ----------------------------------------------------------------------------------
+
+    def _tell(self) -> None:
+        """Write what kubeletd/pods.go reads."""
+        containers = {
+            container.name: {"pid": container.pid, **self._beside[container.name]}
+            for container in self.containers
+        }
+        told = {
+            "uid": self.uid,
+            "namespace": self.kubelet.namespace,
+            "address": self.address,
+            "containers": containers,
+        }
+        part = self._file().with_suffix(".part")
+        part.write_text(json.dumps(told))
+        part.rename(self._file())
+
+    def tell_of_end(self) -> None:
+        """Remove it, if it is not of another pod of the name already."""
+        with contextlib.suppress(FileNotFoundError):
+            if json.loads(self._file().read_text())["uid"] == self.uid:
+                self._file().unlink()
+
+    def _file(self) -> Path:
+        return self.kubelet.directory / f"{self.name}.json"
+
     # -- status ------------------------------------------------------------------------------------
 
     def _mark_dirty(self) -> None:
+        self._tell()
         self._dirty.set()
 
     async def _report(self) -> None:
@@ -405,5 +443,8 @@ def _condition(kind: str, *, good: bool, since: str) -> Object:
     return {"type": kind, "status": str(good), "lastTransitionTime": since}
 
 
-def _namespace() -> tuple[str, ...]:
-    return ("unshare", "--mount", *(() if os.geteuid() == 0 else ("--map-root-user",)), "--")
+def shows_account(token: Path) -> tuple[str, ...]:
+    """Return what is put before a command that finds the service account where programs look for it."""
+    own_root = () if os.geteuid() == 0 else ("--map-root-user",)
+    words = ("sh", "-c", _SHOW_ACCOUNT, str(token), _ACCOUNT_FOLDER)
+    return ("unshare", "--mount", *own_root, "--", *words)

@@ -6,8 +6,12 @@ import base64
 import json
 import logging
 import os
+import re
+import shutil
 import signal
+import subprocess
 import time
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -25,7 +29,7 @@ from clusterproxy.addon.registration import (
 from clusterproxy.addon.spec_hash import spec_hash
 from clusterproxy.errors import KubeError
 from clusterproxy.kube.client import open_kube_api
-from clusterproxy.kube.resource import CERTIFICATE_SIGNING_REQUESTS
+from clusterproxy.kube.resource import CERTIFICATE_SIGNING_REQUESTS, LEASES
 from kube.addon_installation import (
     ADDON,
     CLUSTER,
@@ -260,6 +264,9 @@ def test_whatever_changes_is_rendered_at_once(manager: AddOnInstallation, cluste
     plane.patch(work, {"spec": {"workload": {"manifests": []}}, "metadata": {"labels": {"a": "b"}}})
     work = manager.await_work(cluster, lambda there: there[DEPLOYMENT], "the work is put right")
     assert work["metadata"]["labels"]["a"] == "b"
+    # Without its label the manager does not see it any more.
+    plane.patch(manager.work(cluster), {"metadata": {"labels": {ADDON_LABEL: None}}})
+    manager.await_work(cluster, lambda there: there[DEPLOYMENT], "the work has its label again")
     plane.delete(manager.work(cluster))
     manager.await_work(
         cluster, lambda there: there[DEPLOYMENT], "the work is made anew after it was deleted"
@@ -382,6 +389,9 @@ def test_agents_with_tokens_all_keep_their_rights(
                 lambda: all(may_all(plane, manager.namespace, each) for each in clusters),
                 "both have their rights",
             )
+            # Who may make pods there has all that their accounts have.
+            for verb in ("create", "update", "patch", "delete"):
+                assert not may(plane, cluster, verb, "pods", namespace=manager.namespace), verb
             # The subject stays when the manager looks again.
             manager.configure(proxyAgent={"replicas": 2})
             for each in clusters:
@@ -414,34 +424,25 @@ def is_registered(manager: AddOnInstallation, cluster: str, subject: Object) -> 
     )
 
 
+def may(plane: ControlPlane, cluster: str, verb: str, resource: str, **more: str) -> bool:
+    """Whether the account of a cluster's agent may do something on the hub."""
+    attributes = {"verb": verb, "resource": resource, **more}
+    user = f"system:serviceaccount:{cluster}:cluster-proxy-agent"
+    review = {"spec": {"user": user, "resourceAttributes": attributes}}
+    path = "/apis/authorization.k8s.io/v1/subjectaccessreviews"
+    return bool(plane.call("POST", path, review)["status"]["allowed"])
+
+
 def may_all(plane: ControlPlane, proxy_namespace: str, cluster: str) -> bool:
     """Whether the account of a cluster's agent may do what agents do."""
-    return all(
-        plane.call(
-            "POST",
-            "/apis/authorization.k8s.io/v1/subjectaccessreviews",
-            {
-                "spec": {
-                    "user": f"system:serviceaccount:{cluster}:cluster-proxy-agent",
-                    "resourceAttributes": attributes,
-                }
-            },
-        )["status"]["allowed"]
-        for attributes in (
-            {"group": "authentication.k8s.io", "resource": "tokenreviews", "verb": "create"},
-            {
-                "group": "coordination.k8s.io",
-                "resource": "leases",
-                "verb": "update",
-                "namespace": cluster,
-            },
-            {
-                "resource": "pods",
-                "subresource": "portforward",
-                "verb": "create",
-                "namespace": proxy_namespace,
-            },
-        )
+    pods = {"namespace": proxy_namespace}
+    lease = {"group": "coordination.k8s.io", "namespace": cluster}
+    return (
+        may(plane, cluster, "create", "tokenreviews", group="authentication.k8s.io")
+        and may(plane, cluster, "update", "leases", name=NAME, **lease)
+        and not may(plane, cluster, "update", "leases", name="managed-cluster-lease", **lease)
+        and may(plane, cluster, "list", "pods", **pods)
+        and may(plane, cluster, "create", "pods", subresource="portforward", **pods)
     )
 
 
@@ -469,19 +470,53 @@ def test_only_right_requests_are_approved(
             "names": ("cluster-proxy.addon.open-cluster-management.io",),
         }
         admin = {"user": "admin", "groups": ("admins",), "units": (), "names": ()}
-        asked = {
-            "ForeignSubject": request(cluster, AGENT_SIGNER, good | {"user": "cluster-admin"}),
-            "ForeignSubject ": request(cluster, KUBE_CLIENT_SIGNER, admin),
-            "UnknownSigner": request(cluster, "kubernetes.io/kubelet-serving", good),
-            "ForeignName": request(cluster, AGENT_SIGNER, good | {"names": ("proxy-entrypoint",)}),
-            "ForeignRequester": request("victim", AGENT_SIGNER, good),
-            "ClusterNotFound": request("nowhere", AGENT_SIGNER, good),
-        }
-        made = trio.run(ask, klusterlet.hub_kubeconfig, list(asked.values()))
+        foreign_uri = "urn:open-cluster-management:cluster-proxy:cluster:victim"
+        label = f"metadata.labels[{CLUSTER_LABEL}]"
+        asked = [
+            # What is asked for, how its event is called, and what that says: field and fix.
+            (
+                request(cluster, AGENT_SIGNER, good | {"user": "cluster-admin"}),
+                "ForeignSubject",
+                "spec.request: the subject is",
+            ),
+            (
+                request(cluster, KUBE_CLIENT_SIGNER, admin),
+                "ForeignSubject",
+                "registered are CN open-cluster-management:cluster-proxy:addon-agent",
+            ),
+            (
+                request(cluster, "kubernetes.io/kubelet-serving", good),
+                "UnknownSigner",
+                f"spec.signerName is 'kubernetes.io/kubelet-serving': it must be {AGENT_SIGNER}",
+            ),
+            (
+                request(cluster, AGENT_SIGNER, good | {"names": ("proxy-entrypoint",)}),
+                "ForeignName",
+                "spec.request: it is for 'proxy-entrypoint', and may be for",
+            ),
+            (
+                request(cluster, AGENT_SIGNER, good | {"uris": (foreign_uri,)}),
+                "ForeignName",
+                f"spec.request: it must not have the URI '{foreign_uri}'",
+            ),
+            (
+                request("victim", AGENT_SIGNER, good),
+                "ForeignRequester",
+                f"which is of cluster {cluster}, and the label {CLUSTER_LABEL} says victim",
+            ),
+            (
+                request("nowhere", AGENT_SIGNER, good),
+                "ClusterNotFound",
+                f"{label}: there is no ManagedCluster nowhere",
+            ),
+            (large_request(cluster, good), "TooLarge", "spec.request: with labels and annotations"),
+        ]
+        made = trio.run(ask, klusterlet.hub_kubeconfig, [each for each, _, _ in asked])
         assert None not in made
-        for reason, name in zip(asked, made, strict=True):
-            told = partial(is_told, plane, reason.strip(), name or "")
-            manager.eventually(told, f"it is told of {reason}")
+        for (_, reason, text), name in zip(asked, made, strict=True):
+            manager.eventually(
+                partial(is_told, plane, reason, name or "", text), f"it is told of {reason}"
+            )
         # An administrator of the hub is no klusterlet.
         forged = plane.call(
             "POST",
@@ -489,7 +524,8 @@ def test_only_right_requests_are_approved(
             request(cluster, AGENT_SIGNER, good),
         )["metadata"]["name"]
         manager.eventually(
-            lambda: is_told(plane, "UnknownRequester", forged), "it is told of the forged label"
+            lambda: is_told(plane, "UnknownRequester", forged, f"{cluster}:… must do so"),
+            "it is told of the forged label",
         )
         # Approved by hand, it is not signed either.
         found = plane.get(CSR, "CertificateSigningRequest", forged)
@@ -505,7 +541,10 @@ def test_only_right_requests_are_approved(
         if early is not None:
             # The hub has not taken the cluster's right to ask away yet.
             manager.eventually(
-                lambda: is_told(plane, "ClusterNotAccepted", early), "it is told of the cluster"
+                lambda: is_told(
+                    plane, "ClusterNotAccepted", early, "set spec.hubAcceptsClient to true"
+                ),
+                "it is told of the cluster",
             )
         plane.patch(of_cluster, {"spec": {"hubAcceptsClient": True}})
 
@@ -525,7 +564,12 @@ def test_only_right_requests_are_approved(
 
 def request(cluster: str, signer: str, wanted: Object) -> Object:
     pem = certificate_request(
-        new_key(), wanted["user"], wanted["groups"], wanted["units"], names=wanted["names"]
+        new_key(),
+        wanted["user"],
+        wanted["groups"],
+        wanted["units"],
+        names=wanted["names"],
+        uris=wanted.get("uris", ()),
     )
     return {
         "metadata": {
@@ -538,6 +582,13 @@ def request(cluster: str, signer: str, wanted: Object) -> Object:
             "usages": ["digital signature", "key encipherment", "client auth"],
         },
     }
+
+
+def large_request(cluster: str, wanted: Object) -> Object:
+    """Return a request that is right, and so large that a few of its kind would fill the manager's memory."""
+    found = request(cluster, AGENT_SIGNER, wanted)
+    found["metadata"]["annotations"] = {"large": "x" * 100_000}
+    return found
 
 
 async def ask(kubeconfig: Path, requests: list[Object]) -> list[str | None]:
@@ -554,10 +605,11 @@ async def ask(kubeconfig: Path, requests: list[Object]) -> list[str | None]:
     return made
 
 
-def is_told(plane: ControlPlane, reason: str, name: str) -> bool:
-    """Whether there is an event that says why a request is left as it is."""
+def is_told(plane: ControlPlane, reason: str, name: str, text: str) -> bool:
+    """Whether there is an event that says why a request is left as it is, with *text* in what it says."""
     return any(
         (each["involvedObject"]["name"], each["reason"]) == (name, reason)
+        and text in each["message"]
         for each in plane.list("v1", "Event", "default")
     )
 
@@ -565,6 +617,227 @@ def is_told(plane: ControlPlane, reason: str, name: str) -> bool:
 def issued(plane: ControlPlane, name: str | None) -> bool:
     found = plane.get(CSR, "CertificateSigningRequest", name or "")
     return bool(found and found.get("status", {}).get("certificate"))
+
+
+# -- bad input -------------------------------------------------------------------------------------
+
+
+def test_what_is_wrong_is_told_and_what_runs_goes_on(
+    manager: AddOnInstallation, cluster: str
+) -> None:
+    plane = manager.plane
+    manager.offer()
+    manager.configure()
+    manager.run(service_proxy=True)
+    manager.await_reconciled()
+    # A secret that is not whole
+    put_secret(manager, SERVING_CERTIFICATE, {"tls.crt": b"one"})
+    manager.enable(cluster)
+    said = ("ManifestApplied", "False", "ManifestWorkApplyFailed")
+    manager.await_said(cluster, *said, f"secret {SERVING_CERTIFICATE} does not contain tls.key")
+    assert not manager.works(cluster)
+    put_secret(manager, SERVING_CERTIFICATE, {"tls.crt": b"one", "tls.key": b"key"})
+    manager.await_work(cluster, lambda there: there[DEPLOYMENT], "it is rendered")
+    before = manager.work(cluster)["spec"]
+    # An annotation of the cluster
+    found = plane.get(CLUSTER, "ManagedCluster", cluster)
+    assert found is not None
+    name = "open-cluster-management.io/image-registries"
+    for wrong, what in (("{", "must be JSON"), ('{"registries": 1}', "registries: must be a list")):
+        plane.patch(found, {"metadata": {"annotations": {name: wrong}}})
+        where = f"ManagedCluster {cluster}: metadata.annotations[{name}]: {what}"
+        manager.await_said(cluster, *said, where)
+    plane.patch(found, {"metadata": {"annotations": {name: None}}})
+    eventually(lambda: manager.said(cluster, "ManifestApplied") is None, "the error is taken back")
+    # What the proxy servers' certificates are checked with
+    bundle = manager.get("v1", "Secret", "proxy-server-ca")
+    assert manager.work(cluster)["spec"] == before
+    # The authority
+    signer = manager.get("v1", "Secret", "cluster-proxy-signer")
+    plane.patch(signer, {"data": {"ca.key": base64.b64encode(b"no key").decode()}})
+    manager.await_said(
+        cluster,
+        "RegistrationApplied",
+        "False",
+        "SetPermissionFailed",
+        "cluster-proxy-signer: ca.key",
+    )
+    assert manager.get("v1", "Secret", "proxy-server-ca")["data"] == bundle["data"]
+    assert manager.work(cluster)["spec"] == before
+    plane.patch(signer, {"data": signer["data"]})
+    manager.await_said(cluster, "RegistrationApplied")
+    # Somebody who says that the agent is somebody whom it is not
+    addon = manager.addon(cluster)
+    registrations = addon["status"]["registrations"]
+    for subject, who in (
+        ({"user": "admin"}, "user 'admin'"),
+        ({"groups": ["system:masters"]}, "group 'system:masters'"),
+    ):
+        registrations[0]["kubeClient"] = {"driver": "token", "subject": subject}
+        forged = {"registrations": registrations}
+        plane.patch(addon, {"status": forged}, subresource="status")
+        text = f"{who} is no agent of cluster {cluster}: the klusterlet must"
+        manager.await_said(cluster, "RegistrationApplied", "False", "SetPermissionFailed", text)
+    binding = manager.get(RBAC, "RoleBinding", "cluster-proxy-addon-agent", cluster)
+    assert {each["name"] for each in binding["subjects"]} == {
+        "open-cluster-management:cluster-proxy:addon-agent",
+        "open-cluster-management:cluster-proxy",
+    }
+    assert manager.running, manager.log_text()
+
+
+def test_who_changes_a_work_again_and_again_is_told_of(
+    at_work: AddOnInstallation, cluster: str
+) -> None:
+    manager = at_work
+    plane = manager.plane
+    manager.enable(cluster)
+    manager.await_work(cluster, lambda there: there[DEPLOYMENT], "the cluster has a work")
+
+    def told() -> Object | None:
+        if manager.manifest(cluster, "Deployment")["spec"]["replicas"] != 7:
+            work = manager.work(cluster)
+            manifests = work["spec"]["workload"]["manifests"]
+            for each in manifests:
+                if each["kind"] == "Deployment":
+                    each["spec"]["replicas"] = 7
+            plane.patch(work, {"spec": {"workload": {"manifests": manifests}}})
+        said = manager.said(cluster, "ManifestApplied")
+        return (
+            said if said and "is changed again whenever it is repaired" in said["message"] else None
+        )
+
+    said = manager.eventually(told, "it is told of")
+    assert (said["status"], said["reason"]) == ("False", "ManifestWorkApplyFailed")
+    assert f"ManifestWork {cluster}/addon-cluster-proxy-deploy-0" in said["message"]
+    # Who has had enough of it gets what is right.
+    manager.await_work(
+        cluster,
+        lambda there: there[DEPLOYMENT]["spec"]["replicas"] != 7,
+        "it is put right in the end",
+    )
+
+
+def test_an_addon_that_is_deleted_in_mid_flow(
+    ocm_hub: OcmHub, managed: ControlPlane, at_work: AddOnInstallation, cluster: str
+) -> None:
+    manager = at_work
+    plane = manager.plane
+    with Klusterlet(ocm_hub, managed, cluster) as klusterlet:
+        addon = manager.enable(cluster)
+        manager.await_said(cluster, "ManifestApplied")
+        # Somebody's finalizer keeps it for a while.
+        plane.patch(addon, {"metadata": {"finalizers": ["test.example/wait"]}})
+        plane.delete(addon)
+        ca = manager.secret("cluster-proxy-signer")["ca.crt"]
+        [own] = (each.subject for each in agent_registrations(ca) if each.signer == AGENT_SIGNER)
+        wanted: Object = {
+            "user": own.user,
+            "groups": own.groups,
+            "units": own.organization_units,
+            "names": (),
+        }
+        [asked] = trio.run(ask, klusterlet.hub_kubeconfig, [request(cluster, AGENT_SIGNER, wanted)])
+        assert asked is not None
+        text = (
+            f"no ManagedClusterAddOn cluster-proxy in namespace {cluster}, or it is being deleted"
+        )
+        manager.eventually(
+            partial(is_told, plane, "AddonNotFound", asked, text), "it is told of the request"
+        )
+        # What goes does not come back, and nobody gets a certificate.
+        plane.delete(
+            manager.get(RBAC, "Role", "cluster-proxy-addon-agent", cluster) | kind_of("Role")
+        )
+        plane.delete(manager.work(cluster))
+        manager.eventually(lambda: not manager.works(cluster), "the work is gone")
+        manager.settle()
+        assert plane.get(RBAC, "Role", "cluster-proxy-addon-agent", cluster) is None
+        assert not manager.works(cluster)
+        assert not issued(plane, asked)
+        plane.patch(addon, {"metadata": {"finalizers": []}})
+        manager.eventually(
+            lambda: plane.get(f"{ADDON}/v1beta1", "ManagedClusterAddOn", NAME, cluster) is None,
+            "it is gone",
+        )
+        # It comes again, and with it the right to a certificate.
+        with manager.enabled(cluster):
+            manager.await_said(cluster, "ManifestApplied")
+            manager.eventually(lambda: issued(plane, asked), "the request is signed now")
+
+
+def test_one_cluster_does_not_keep_the_others_waiting(
+    ocm_hub: OcmHub, at_work: AddOnInstallation, cluster: str
+) -> None:
+    manager = at_work
+    plane = manager.plane
+    ocm_hub.accept("quiet")
+    try:
+        addon = manager.enable(cluster)
+        manager.await_said(cluster, "RegistrationApplied")
+        repairs = 0
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            if manager.addon(cluster)["status"].get("registrations"):
+                # As its klusterlet may.
+                repairs += 1
+                plane.patch(addon, {"status": {"registrations": []}}, subresource="status")
+        _log.info("the status was put right %d times in ten seconds", repairs)
+        # Without turns for each it is hundreds.
+        assert repairs < 90
+        began = time.monotonic()
+        manager.enable("quiet")
+        manager.await_work("quiet", lambda there: there[DEPLOYMENT], "another has its work")
+        assert time.monotonic() - began < 10
+        manager.eventually(
+            lambda: manager.addon(cluster)["status"].get("registrations"), "it is right in the end"
+        )
+    finally:
+        ocm_hub.remove("quiet")
+
+
+# -- documentation ---------------------------------------------------------------------------------
+
+_INSTALL: Final = Path(__file__).parents[2] / "docs/install.md"
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+def test_what_the_document_says_of_a_cluster(
+    ocm_hub: OcmHub, managed: ControlPlane, at_work: AddOnInstallation, cluster: str
+) -> None:
+    manager = at_work
+    text = _INSTALL.read_text(encoding="utf-8")
+    found = re.search(r"^```\n(kubectl get managedclusteraddon .*)\n(.*)\n```$", text, re.MULTILINE)
+    assert found is not None
+    command, line = found.groups()
+    with Klusterlet(ocm_hub, managed, cluster, lease_s=1.0), manager.enabled(cluster):
+        manager.await_said(cluster, "ManifestApplied")
+        manager.await_said(cluster, "Progressing", "False", "Completed")
+        # What the addon agent does while the proxy agent has a tunnel, with the rights that the agent has.
+        kubeconfig = managed.kubeconfig_for(manager.agents, "cluster-proxy")
+        trio.run(renew_lease, kubeconfig, manager.agents)
+        manager.await_said(cluster, "Available")
+        done = subprocess.run(  # noqa: S602  the document's command
+            command,
+            shell=True,
+            env=os.environ | {"KUBECONFIG": str(manager.plane.admin_kubeconfig)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        [printed] = [each for each in done.stdout.splitlines() if each.startswith(f"{cluster} ")]
+        assert printed.split() == line.replace("<your cluster>", cluster).split()
+
+
+async def renew_lease(kubeconfig: Path, namespace: str) -> None:
+    now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
+    metadata = {"name": NAME, "namespace": namespace}
+    async with open_kube_api(str(kubeconfig)) as api:
+        lease = await api.create(
+            LEASES, {"metadata": metadata, "spec": {"leaseDurationSeconds": 60}}
+        )
+        await api.replace(LEASES, lease | {"spec": {**lease["spec"], "renewTime": now}})
 
 
 # -- D11 -------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ FOREIGN = {
 }
 LEASE = ("coordination.k8s.io/v1", "Lease", "cluster-proxy-addon-manager")
 DEPLOYMENT = ("Deployment", "cluster-proxy")
+PORT_FORWARD_ROLE = ("Role", "cluster-proxy-addon-agent:portforward")
 
 
 @pytest.fixture
@@ -67,7 +68,11 @@ def test_an_installation_of_the_originals_is_taken_over(manager: Installation, r
 
     for key, obj in after.items():
         assert obj["metadata"]["uid"] == before[key]["metadata"]["uid"], key
-        if key != DEPLOYMENT:
+        if key == PORT_FORWARD_ROLE:
+            # It has less rights, and is the same else.
+            assert obj["rules"] != before[key]["rules"]
+            assert obj["metadata"]["ownerReferences"] == before[key]["metadata"]["ownerReferences"]
+        elif key != DEPLOYMENT:
             # Annotations, certificates, owners: all of it.
             assert obj == before[key], key
     # It was changed in place, in one step.

@@ -21,9 +21,10 @@ from clusterproxy.addon.configuration import (
     SecretNames,
     parse_configuration,
 )
-from clusterproxy.addon.proxy_deployment import SELECTOR
+from clusterproxy.addon.proxy_deployment import SELECTOR, proxy_deployment
 from clusterproxy.cli.addon_manager import manager_flags
 from clusterproxy.cli.controllers import controllers_flags
+from clusterproxy.cli.server import server_flags
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -410,6 +411,26 @@ def test_arguments_of_proxy_servers(chart: Renderer) -> None:
     found = render(chart, proxyServer={"additionalArgs": ["--v=4"]})
     server = found["ManagedProxyConfiguration", "cluster-proxy"]["spec"]["proxyServer"]
     assert server["additionalArgs"] == ["--v=4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mode"),
+    [
+        (None, "verify"),
+        (["--keepalive-time=30s"], "verify"),
+        (["--agent-identity=require"], "require"),
+        (["--agent-identity=off"], "off"),
+    ],
+)
+def test_what_agents_may_claim(chart: Renderer, arguments: list[str] | None, mode: str) -> None:
+    """Arguments of one's own leave the default, which is in the Deployment that the manager makes."""
+    found = render(chart, proxyServer={"additionalArgs": arguments})
+    configuration = parse_configuration(found["ManagedProxyConfiguration", "cluster-proxy"])
+    made = proxy_deployment(configuration, "VersionTLS12", (), "IfNotPresent")
+    [server] = made["spec"]["template"]["spec"]["containers"]
+    environment = {each["name"]: each["value"] for each in server["env"]}
+    flags = server_flags(agent_identity=environment["PROXY_SERVER_AGENT_IDENTITY"])
+    assert flags.parse(server["args"]).fields(flags)["agent_identity"] == mode
 
 
 def on_a_cluster_with(*versions: str) -> Object:

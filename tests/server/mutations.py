@@ -62,7 +62,7 @@ class Playback(Transport):
     def receive_early(self) -> memoryview:
         return memoryview(b"")
 
-    async def receive(self) -> memoryview:
+    async def receive(self, most: int = 0) -> memoryview:
         if self._closed:
             raise trio.ClosedResourceError("closed")
         if self._next:

@@ -15,19 +15,21 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 import trustme
-from certificates import write_ca, write_pair
+from certificates import write_agent_pair, write_ca, write_pair
 from harness import CONNECT, GO, PROXY, ClientPeer, dial_ok, settle, value, values
 from kube_script import ScriptedApi
 
 from clusterproxy.errors import ConfigError, KubeUnavailable
 from clusterproxy.http2.connection import Http2Connection
 from clusterproxy.http2.limits import Http2Limits
+from clusterproxy.kube import review_queue
 from clusterproxy.rpc.channel import start_call
-from clusterproxy.server import app, review_queue
+from clusterproxy.server import app
 from clusterproxy.server.config import ServerConfig
 from clusterproxy.transport.listener import listen_tcp
 from clusterproxy.transport.stream import Transport, tune
 from clusterproxy.transport.tls import client_context
+from clusterproxy.tunnel.agent_identity import CLUSTER_URI
 from clusterproxy.tunnel.extension import offer
 from clusterproxy_proto import CloseRequest, CloseResponse, Data, DialRequest, DialResponse
 
@@ -141,10 +143,17 @@ class Program:
         return peer
 
     async def agent(
-        self, name: str = "agent", *, extended: bool = False, token: str = "", **options: Any
+        self,
+        name: str = "agent",
+        *,
+        extended: bool = False,
+        token: str = "",
+        identifiers: str = "",
+        **options: Any,
     ) -> ClientPeer:
         transport = await self.transport("agent-port", ["h2"], **options)
         metadata: dict[str, Any] = {"agentid": [name], **(offer() if extended else {})}
+        metadata["agentidentifiers"] = [identifiers]
         if token:
             metadata["authorization"] = [f"Bearer {token}"]
         return await self.call(transport, CONNECT, metadata)
@@ -393,6 +402,32 @@ async def test_certificates_are_reloaded(
             await program.knock("server-port")
         client.send(Data(1, data=b"on"))
         await agent.expect(Data(1, data=b"on"))
+
+
+async def test_each_connection_is_looked_at_anew(
+    authority: trustme.CA,
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    config |= {"agent_identity": "verify", "proxy_strategies": ("destHost",)}
+    async with running(config, monkeypatch, tmp_path) as program:
+
+        async def come() -> ClientPeer:
+            return await program.agent(pair="mine", identifiers="host=cluster1")
+
+        write_agent_pair(authority, tmp_path, "mine")
+        old = await come()
+        # The agent's file is replaced; what runs goes on.
+        write_agent_pair(authority, tmp_path, "mine", f"{CLUSTER_URI}cluster2")
+        status, text = await (await come()).status()
+        assert (status, text[:28]) == ("PermissionDenied", 'identifier "host=cluster1" i')
+        assert old.closed_with is None
+        write_agent_pair(authority, tmp_path, "mine", f"{CLUSTER_URI}cluster1")
+        assert (await come()).closed_with is None
+        _, metrics = await program.get("health-port", "/metrics")
+        assert 'clusterproxy_rejected_agents_total{reason="foreign_identifier"} 1' in metrics
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ def test_defaults_are_upstreams_but_for_the_better_ones() -> None:
         "stall_timeout_s": 10.0,
         "half_close_linger_s": 10.0,
         "agent_arrival_timeout_s": 0.0,
+        "agent_identity": "off",
         "log_format": "text",
         "verbosity": 0,
         "given": frozenset(),
@@ -253,6 +254,26 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "invalid label format: a",
     ),
     (
+        {"agent_identity": "on"},
+        "agent-identity",
+        'agent-identity must be one of off, verify, require, not "on"',
+    ),
+    (
+        {"agent_identity": "require"},
+        "agent-identity",
+        "--agent-identity=require needs --cluster-ca-cert, and no tokens",
+    ),
+    (
+        {
+            "agent_identity": "require",
+            "agent_namespace": "n",
+            "agent_service_account": "s",
+            "authentication_audience": "a",
+        },
+        "agent-identity",
+        "--agent-identity=require needs --cluster-ca-cert, and no tokens",
+    ),
+    (
         {"graceful_shutdown_timeout_s": -1.0},
         "graceful-shutdown-timeout",
         "graceful-shutdown-timeout must be >= 0, got -1s",
@@ -309,6 +330,34 @@ def test_old_tls_is_warned_about(
             "TLS 1.2 is the minimum"
         )
     ]
+
+
+@pytest.mark.parametrize(
+    ("mode", "strategies", "warned"),
+    [
+        ("verify", ("default",), True),
+        ("require", ("destHost", "default"), True),
+        ("verify", ("destHost", "defaultRoute"), False),
+        ("off", ("default",), False),
+    ],
+)
+def test_identities_that_decide_nothing_are_warned_about(
+    ca_cert: str,
+    mode: str,
+    strategies: tuple[str, ...],
+    warned: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="clusterproxy"):
+        ServerConfig(
+            server_ca_cert=ca_cert,
+            cluster_ca_cert=ca_cert,
+            agent_identity=mode,
+            proxy_strategies=strategies,
+        ).validate()
+    said = f"--agent-identity={mode} keeps no agent from the dials of other clusters while"
+    assert (said in caplog.text) is warned
+    assert len(caplog.records) == warned
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,15 @@ from kube_script import ScriptedApi
 from clusterproxy.errors import KubeUnavailable, RPCError
 from clusterproxy.grpc import Status
 from clusterproxy.http2.limits import Http2Limits
+from clusterproxy.kube import review_queue
 from clusterproxy.rpc.server import RpcServer
-from clusterproxy.server import review_queue
+from clusterproxy.server.refusals import Refusals
 from clusterproxy.server.token_authentication import (
     TokenReviews,
-    _Refusals,
     authenticated_opener,
     end_strangers,
 )
+from clusterproxy.telemetry.server_metrics import ServerMetrics
 from clusterproxy_proto import DialRequest, Drain
 
 if TYPE_CHECKING:
@@ -281,9 +282,12 @@ async def test_refusals_do_not_fill_the_log(
 async def test_refusals_of_many_sources_do_not_fill_the_log(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    refusals = _Refusals()
+    metrics = ServerMetrics()
+    refusals = Refusals(metrics)
+    error = RPCError(Status.UNKNOWN, "x" * 9999)
     for number in range(1000):
-        refusals.note(f"192.0.2.{number}", "a" * 9999, RPCError(Status.UNKNOWN, "x" * 9999))
+        refusals.note("token", f"192.0.2.{number}", "a" * 9999, error)
+    assert values(metrics.rejected_agents_total) == {"token": 1000}
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 100
     assert {len(record.getMessage()) for record in warnings} == {len("agent refused: ") + 1024}

@@ -12,10 +12,12 @@ from clusterproxy.telemetry.admin import (
     Route,
     agent_admin_handler,
     agent_health_handler,
+    http_proxy_health_handler,
     server_admin_handler,
     server_health_handler,
 )
 from clusterproxy.telemetry.agent_metrics import AgentMetrics
+from clusterproxy.telemetry.metrics import Metrics
 from clusterproxy.telemetry.server_metrics import ServerMetrics
 
 TEXT = "text/plain; charset=utf-8"
@@ -31,6 +33,10 @@ def get(handler: Route, target: str, host: str = "localhost:8095") -> Response:
 
 def server(*, ready: bool = True) -> Route:
     return server_health_handler(ServerMetrics(), lambda: (ready, "" if ready else NO_AGENT))
+
+
+# By this the add-on agent of the pod knows that a renewed certificate needs no restart.
+OF_OURS = {"X-Clusterproxy-Reloads": "certificates"}
 
 
 def agent(*, connected: bool = True) -> Route:
@@ -56,16 +62,21 @@ def test_alive_even_if_not_ready(handler: Route) -> None:
 def test_readiness(path: str) -> None:
     assert get(server(), path) == Response(200, b"ok", TEXT)
     assert get(server(ready=False), path) == Response(500, NO_AGENT.encode(), TEXT)
-    assert get(agent(), path) == Response(200, b"ok", TEXT)
+    assert get(agent(), path) == Response(200, b"ok", TEXT, headers=OF_OURS)
     for query in ("", "?verbose"):
         assert get(agent(connected=False), path + query) == Response(
-            503, b"[+]ping ok\n[-]server-connected failed: no servers connected\n", TEXT
+            503,
+            b"[+]ping ok\n[-]server-connected failed: no servers connected\n",
+            TEXT,
+            headers=OF_OURS,
         )
 
 
 @pytest.mark.parametrize("query", ["verbose", "verbose=", "verbose=1", "a=b&verbose"])
 def test_verbose_readiness_of_the_agent(query: str) -> None:
-    verbose = Response(200, b"[+]ping ok\n[+]server-connected ok\ncheck passed\n", TEXT)
+    verbose = Response(
+        200, b"[+]ping ok\n[+]server-connected ok\ncheck passed\n", TEXT, headers=OF_OURS
+    )
     assert get(agent(), "/readyz?" + query) == verbose
     assert get(server(), "/readyz?" + query) == Response(200, b"ok", TEXT)
 
@@ -178,3 +189,17 @@ async def test_the_task_tree_shows_each_task_below_its_parent_with_its_stack() -
     inner_at = lines.index(indent + "  the inner task")
     assert inner_at > at
     assert lines[inner_at + 1].endswith("<locals>.inner")
+
+
+def test_an_http_proxys_health() -> None:
+    state = {"problem": "", "draining": False}
+    handler = http_proxy_health_handler(
+        Metrics(), lambda: str(state["problem"]), lambda: bool(state["draining"])
+    )
+    for path in ("/healthz", "/readyz"):
+        assert get(handler, path) == Response(200, b"ok", TEXT)
+    assert get(handler, "/metrics").status == 200
+    state = {"problem": "no certificate", "draining": True}
+    assert get(handler, "/readyz") == Response(503, b"draining\n", TEXT)
+    failed = b"[+]healthz-ping ok\n[-]certificates failed: no certificate\nhealthz check failed\n"
+    assert get(handler, "/healthz") == Response(500, failed, TEXT)

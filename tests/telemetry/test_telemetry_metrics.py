@@ -11,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from clusterproxy.service_proxy.metrics import ServiceProxyMetrics
 from clusterproxy.telemetry.agent_metrics import AgentMetrics
 from clusterproxy.telemetry.cells import Cell, Family, Histogram, HistogramFamily
 from clusterproxy.telemetry.controller_metrics import ControllerMetrics
 from clusterproxy.telemetry.exposition import render
 from clusterproxy.telemetry.server_metrics import ServerMetrics
+from clusterproxy.user_server.metrics import UserServerMetrics
 
 if TYPE_CHECKING:
     from clusterproxy.telemetry.metrics import ProgramMetrics
@@ -225,7 +227,13 @@ def test_the_documentation_lists_exactly_what_exists() -> None:
 
     families = {
         family.name: family
-        for m in (ServerMetrics(), AgentMetrics(), ControllerMetrics())
+        for m in (
+            ServerMetrics(),
+            AgentMetrics(),
+            ControllerMetrics(),
+            UserServerMetrics(),
+            ServiceProxyMetrics(),
+        )
         for family in m.families
     }
     documented = [

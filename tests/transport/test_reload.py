@@ -34,6 +34,7 @@ class Watched:
         self.cert, self.key = str(directory / "tls.crt"), str(directory / "tls.key")
         self.results: list[str] = []
         self.made = 0
+        self.broken = ""
         self.context = ReloadingContext(
             self._make,
             [self.cert, self.key],
@@ -43,6 +44,8 @@ class Watched:
 
     def _make(self) -> ssl.SSLContext:
         self.made += 1
+        if self.broken:
+            raise ConfigError("cert", self.broken)
         return server_context(
             cert=self.cert, key=self.key, client_ca=None, min_version="", cipher_suites=[], alpn=[]
         )
@@ -234,3 +237,18 @@ def test_expiry_of_an_old_certificate_with_text_around_it(pair: Path, tmp_path: 
     path.write_text(f"Subject: Müller\n{ssl.DER_cert_to_PEM_cert(old)}", encoding="latin-1")
     ends = dt.datetime(1999, 12, 31, 23, 59, 59, tzinfo=dt.UTC)
     assert read_not_after(str(path)) == ends.timestamp()
+
+
+def test_a_reload_for_another_reason(pair: Path) -> None:
+    watched = Watched(pair)
+    before = watched.context.current()
+    watched.context.reload()
+    assert watched.context.current() is not before
+    assert watched.results == ["ok"]
+    # It went wrong for the moment: tried again, though no file has changed.
+    watched.broken = "no"
+    watched.context.reload()
+    watched.broken = ""
+    watched.context.check()
+    watched.context.check()
+    assert watched.results == ["ok", "error", "ok"]

@@ -186,6 +186,15 @@ def test_handshake_without_client_certificates(files: Files) -> None:
     assert not b.getpeercert()
 
 
+def test_certificates_in_memory_are_trusted_alone(files: Files, tmp_path: Path) -> None:
+    others = make_files(tmp_path / "others")
+    der = ssl.PEM_cert_to_DER_cert(Path(files.ca).read_text())
+    context = client_context(ca=der, cert=None, key=None, alpn=())
+    handshake(context, server(files))
+    with pytest.raises(ssl.SSLCertVerificationError):
+        handshake(context, server(others))
+
+
 def test_handshake_with_tls12(files: Files) -> None:
     old = client(files)
     old.maximum_version = ssl.TLSVersion.TLSv1_2

@@ -10,10 +10,13 @@ from clusterproxy.tunnel.identifiers import Identifiers, destination_host
     [
         ("", Identifiers()),
         ("host=a&host=b", Identifiers(hosts=("a", "b"))),
-        ("host=h&ipv6=%3A%3A1&ipv4=1.2.3.4", Identifiers(hosts=("1.2.3.4", "::1", "h"))),
-        ("host=a&host=a&ipv4=a", Identifiers(hosts=("a",))),
+        (
+            "host=h&ipv6=%3A%3A1&ipv4=1.2.3.4",
+            Identifiers(hosts=("1.2.3.4", "::1", "h"), others=("ipv4=1.2.3.4", "ipv6=::1")),
+        ),
+        ("host=a&host=a&ipv4=a", Identifiers(hosts=("a",), others=("ipv4=a",))),
         ("host=A.example+b", Identifiers(hosts=("A.example b",))),
-        ("cidr=10.0.0.0/8&uid=1&later=x", Identifiers()),
+        ("cidr=10.0.0.0/8&uid=1&later=x", Identifiers(others=("cidr=10.0.0.0/8",))),
         ("default-route=true", Identifiers(default_route=True)),
         ("default-route=T&host=x", Identifiers(hosts=("x",), default_route=True)),
         ("default-route=1&default-route=false", Identifiers(default_route=True)),

@@ -1,5 +1,5 @@
 // Command docsnippet is the Go example of Cluster Proxy's documentation ("Usage"), as a whole program: it asks a
-// cluster's API server for its version through the proxy server.
+// cluster's API server for its version through the proxy server, and for the pods of a namespace if one is named.
 package main
 
 import (
@@ -13,13 +13,14 @@ import (
 
 	"google.golang.org/grpc"
 	grpccredentials "google.golang.org/grpc/credentials"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/clientcmd"
 	konnectivity "sigs.k8s.io/apiserver-network-proxy/konnectivity-client/pkg/client"
 )
 
 // snippet is the documentation's text but for proxyService, which is a placeholder there, and what is done with cfg.
-func snippet(proxyService string, proxyTLSCfg *tls.Config, kubeconfig, clusterName string) error {
+func snippet(proxyService string, proxyTLSCfg *tls.Config, kubeconfig, clusterName, namespace string) error {
 	tunnel, err := konnectivity.CreateSingleUseGrpcTunnel(
 		context.TODO(),
 		proxyService,
@@ -44,6 +45,16 @@ func snippet(proxyService string, proxyTLSCfg *tls.Config, kubeconfig, clusterNa
 		return err
 	}
 	fmt.Println(version)
+	if namespace == "" {
+		return nil
+	}
+	pods, err := client.CoreV1().Pods(namespace).List(context.TODO(), metav1.ListOptions{})
+	if err != nil {
+		return err
+	}
+	for _, pod := range pods.Items {
+		fmt.Println(pod.Name)
+	}
 	return nil
 }
 
@@ -54,10 +65,11 @@ func main() {
 	key := flag.String("key", "", "PEM file of the client's key")
 	kubeconfig := flag.String("kubeconfig", "", "file with the cluster's CA and a user's credentials")
 	cluster := flag.String("cluster", "", "the cluster's name, under which its agent reaches the API server")
+	namespace := flag.String("pods", "", "a namespace whose pods to list, too")
 	flag.Parse()
 	config, err := proxyTLS(*proxy, *ca, *cert, *key)
 	if err == nil {
-		err = snippet(*proxy, config, *kubeconfig, *cluster)
+		err = snippet(*proxy, config, *kubeconfig, *cluster, *namespace)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "docsnippet:", err)

@@ -19,6 +19,9 @@ from clusterproxy.kube.resource import (
 from .registration import ADDON_NAME, AddonVersion
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import datetime
+
     from clusterproxy.kube.api import KubeApi
     from clusterproxy.kube.resource import Object, Resource
 
@@ -66,6 +69,32 @@ async def patch_status(api: KubeApi, resource: Resource, obj: Object, patch: Obj
         return await api.patch(resource, name, patch, namespace or None, subresource="status")
     except NotFound as error:
         raise Conflict(error.message, status=error.status, reason=error.reason) from error
+
+
+@attrs.frozen
+class AddonStatus:
+    """Writes the status of the clusters' add-ons.
+
+    Attributes:
+      version: of the add-on API that the hub serves.
+      now: returns the time.
+    """
+
+    _api: KubeApi
+    version: AddonVersion
+    now: Callable[[], datetime]
+
+    async def write(self, addon: Object, patch: Object | None) -> Object:
+        """Patch the status of an add-on, if there is a patch; return the add-on as it is then.
+
+        Raises:
+          Conflict: it is another by now, or gone.
+          KubeError: what else the apiserver says.
+        """
+        if patch is None:
+            return addon
+        resource = versioned(MANAGED_CLUSTER_ADDONS, self.version)
+        return await patch_status(self._api, resource, addon, patch)
 
 
 async def _is_served(api: KubeApi, resource: Resource) -> bool:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
+from clusterproxy.kube.api import Change
 from clusterproxy.kube.resource import CLUSTER_MANAGEMENT_ADDONS, text_at
 
 from .addon_api import patch_status, versioned
 from .chart_values import UnrenderableError
 from .deployment_config import GROUP, RESOURCE
+from .index import Index
 from .registration import ADDON_NAME
 from .spec_hash import (
     ConfigKey,
@@ -23,7 +25,7 @@ from .spec_hash import (
 )
 
 if TYPE_CHECKING:
-    from clusterproxy.kube.api import KubeApi
+    from clusterproxy.kube.api import KubeApi, WatchEvent
     from clusterproxy.kube.resource import Object
 
     from .fleet import Fleet
@@ -70,14 +72,16 @@ class AddonConfigs:
         self._api = api
         self._fleet = fleet
         self._management = versioned(CLUSTER_MANAGEMENT_ADDONS, version)
+        self._clusters: Index[ConfigKey] = Index()
+        fleet.addons.subscribe(self._note)
 
     def of(self, addon: Object) -> AddonConfig:
         """Return how an add-on is configured."""
-        keys = config_keys(addon)
-        found = self._fleet.configs(keys)
         desired = desired_hashes(addon)
-        awaited = any(spec_hash(config) != desired.get(key) for key, config in found.items())
-        for key in keys:
+        found = self._fleet.configs(desired)
+        awaited = any(spec_hash(config) != desired[key] for key, config in found.items())
+        # Of several the first counts, as in the original.
+        for key in desired:
             if (key.group, key.resource) == (GROUP, RESOURCE):
                 problem = (
                     ""
@@ -95,11 +99,12 @@ class AddonConfigs:
 
     def users(self, key: ConfigKey) -> list[str]:
         """Return the clusters whose add-ons refer to a configuration."""
-        return [
-            cluster
-            for (cluster, _), addon in self._fleet.addons.items.items()
-            if key in config_keys(addon)
-        ]
+        return self._clusters.under(key)
+
+    def _note(self, event: WatchEvent) -> None:
+        is_there = event.change is not Change.DELETED
+        cluster = text_at(event.object, "metadata", "namespace")
+        self._clusters.put(cluster, config_keys(event.object) if is_there else ())
 
     async def reconcile(self, name: str) -> float | None:
         """Write the hashes into the status of a ClusterManagementAddOn.

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+import random
+from typing import TYPE_CHECKING, Final
 
 from clusterproxy.errors import NotFound
+from clusterproxy.kube.api import Change
 from clusterproxy.kube.resource import CERTIFICATE_SIGNING_REQUESTS, text_at
 
 from .certificate_request import RequestRefused
-from .csr import Verdict, approval, approved, cluster_of, is_ours, needs_signature, signed
+from .csr import (
+    Verdict,
+    approval,
+    approved,
+    cluster_of,
+    is_ours,
+    needs_signature,
+    requester,
+    signed,
+)
+from .index import Index
 from .registration import is_owned
+from .turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import datetime
 
-    from clusterproxy.kube.api import KubeApi
+    from clusterproxy.kube.api import KubeApi, WatchEvent
     from clusterproxy.kube.events import EventRecorder
     from clusterproxy.kube.resource import Object
 
@@ -24,6 +37,12 @@ if TYPE_CHECKING:
     from .fleet import Fleet
 
 _log = logging.getLogger("clusterproxy.addon")
+
+# A klusterlet asks for two certificates, and for no more while ten of its requests are open. Whoever asks for more waits.
+_TURNS_AT_ONCE: Final = 40
+_TURN_S: Final = 1.0
+# So that they do not all come again at once.
+_SPREAD_S: Final = 30.0
 
 
 class RequestReconciler:
@@ -48,14 +67,19 @@ class RequestReconciler:
         self._authority = authority
         self._clock = clock
         self._told: dict[str, str] = {}
+        self._turns = Turns(_TURNS_AT_ONCE, _TURN_S)
+        self._open: Index[str] = Index()
+        fleet.requests.subscribe(self._note)
 
     def open_requests(self, cluster: str | None = None) -> list[str]:
         """Return the requests that may yet be decided on: of a cluster, or all of them."""
-        return [
-            name
-            for (_, name), request in self._fleet.requests.items.items()
-            if is_ours(request) and cluster in (None, cluster_of(request))
-        ]
+        return self._open.names() if cluster is None else self._open.under(cluster)
+
+    def _note(self, event: WatchEvent) -> None:
+        # Of one that is decided on nothing but its name is known.
+        is_open = event.change is not Change.DELETED and is_ours(event.object)
+        name = text_at(event.object, "metadata", "name")
+        self._open.put(name, [cluster_of(event.object)] if is_open else ())
 
     async def reconcile(self, name: str) -> float | None:
         """Approve or sign a request if that is right; it is looked at again when anything changes that matters.
@@ -70,6 +94,8 @@ class RequestReconciler:
         authority = self._authority()
         if authority is None:
             return None
+        if name not in self._told and (wait := self._turns.take(requester(request))) > 0:
+            return wait + random.uniform(0, _SPREAD_S)  # noqa: S311
         try:
             if (decided := await self._approve(request, authority)) is not None:
                 await self._sign(decided, authority)

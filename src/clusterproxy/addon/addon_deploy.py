@@ -8,11 +8,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from clusterproxy.errors import AlreadyExists, Conflict, KubeError, KubeUnavailable, NotFound
-from clusterproxy.kube.resource import MANAGED_CLUSTER_ADDONS, MANIFEST_WORKS, text_at
+from clusterproxy.kube.resource import MANIFEST_WORKS, text_at
 
-from .addon_api import patch_status, versioned
 from .agent_manifests import agent_manifests
 from .agent_values import AgentSources, agent_values
+from .ca_delivery import refreshed
 from .chart_values import UnrenderableError
 from .contention import ConflictingWriter, Contention, last_writer
 from .manifest_work import (
@@ -26,34 +26,28 @@ from .manifest_work import (
     work_patch,
     works,
 )
-from .objects import patiently
+from .objects import find, patiently
 from .registration import is_deleting
 from .spec_hash import go_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from datetime import datetime
+    from collections.abc import Sequence
 
     from clusterproxy.kube.api import KubeApi
     from clusterproxy.kube.resource import Object
 
+    from .addon_api import AddonStatus
     from .addon_configs import AddonConfigs
     from .config import ManagerConfig
     from .fleet import Fleet
     from .hub_sight import HubSight
     from .manifest_work import Works
-    from .registration import AddonVersion
 
 _log = logging.getLogger("clusterproxy.addon")
 
 
 class Deployer:
-    """Deploys the agent of one cluster after the other.
-
-    Args:
-      version: of the add-on API that the hub serves.
-      clock: returns the time.
-    """
+    """Deploys the agent of one cluster after the other."""
 
     def __init__(
         self,
@@ -61,16 +55,14 @@ class Deployer:
         config: ManagerConfig,
         fleet: Fleet,
         configs: AddonConfigs,
-        version: AddonVersion,
-        clock: Callable[[], datetime],
+        status: AddonStatus,
     ) -> None:
         self._api = api
         self._config = config
         self._fleet = fleet
         self._configs = configs
-        self._version = version
-        self._addons = versioned(MANAGED_CLUSTER_ADDONS, version)
-        self._clock = clock
+        self._status = status
+        self._clock = status.now
         self._contention = Contention()
 
     async def deploy(
@@ -87,23 +79,23 @@ class Deployer:
         Raises:
           KubeError: what the apiserver says; it stands in the add-on's status if it does not pass by itself.
         """
-        if not may_deploy(addon):
-            return None
-        if self._configs.of(addon).awaited:
-            return None
         existing = self._fleet.works_of(text_at(addon, "metadata", "namespace"))
         if any(is_deleting(work) for work in existing if is_deploy_work(work)):
             # The cluster is removing what it was; then it can be made anew.
+            return None
+        if not may_deploy(addon) or self._configs.of(addon).awaited:
+            await self._refresh(existing, sight, certificate)
             return None
         try:
             wanted = works(
                 addon,
                 self._render(addon, cluster, sight, certificate),
                 existing,
-                self._version,
+                self._status.version,
             )
         except UnrenderableError as error:
             await self._tell(addon, render_failed_patch(addon, error, self._clock()))
+            await self._refresh(existing, sight, certificate)
             return None
         except ManifestError as error:
             await self._tell(addon, build_failed_patch(addon, error, self._clock()))
@@ -120,6 +112,17 @@ class Deployer:
             raise
         await self._tell(addon, applied_patch(addon, present, self._clock()))
         return None
+
+    async def _refresh(
+        self, existing: Sequence[Object], sight: HubSight, certificate: Object | None
+    ) -> None:
+        """Give an agent that cannot be deployed anew, or not yet, what it must have to be connected."""
+        if not sight.ca_bundle:
+            return
+        for work in existing:
+            fresh = refreshed(work, sight.ca_bundle, certificate)
+            if fresh is not None and is_deploy_work(work):
+                await self._ensure(fresh, work)
 
     def _render(
         self, addon: Object, cluster: Object, sight: HubSight, certificate: Object | None
@@ -154,32 +157,39 @@ class Deployer:
         return present
 
     async def _ensure(self, work: Object, live: Object | None) -> Object:
+        if live is not None and work_patch(live, work) is None:
+            return live
         metadata = work["metadata"]
         name, namespace = metadata["name"], metadata["namespace"]
-        patch = None if live is None else work_patch(live, work)
-        if live is not None and patch is None:
-            return live
         called = f"ManifestWork {namespace}/{name}"
         # What there is of a work is as long as the work.
         digest = hashlib.sha256(go_json(work).encode()).hexdigest()
-        what = "it is deleted" if patch is None else ", ".join(key for key in patch)
-        self._contention.check(called, digest, what, last_writer(live or {}))
+        if live is None:
+            self._contention.check(called, digest, "it is deleted")
+            live = await patiently(partial(self._create, work))
+            self._contention.written(called, digest)
+        patch = work_patch(live, work)
         if patch is None:
-            try:
-                written = await patiently(partial(self._create, work))
-                _log.info("created %s", called)
-            except AlreadyExists as error:
-                # It is newer than what is known of it; and comes as a change.
-                raise Conflict(error.message, status=error.status, reason=error.reason) from error
-        else:
-            written = await self._api.patch(MANIFEST_WORKS, name, patch, namespace)
-            _log.info("changed %s", called)
+            return live
+        self._contention.check(called, digest, ", ".join(key for key in patch), last_writer(live))
+        written = await self._api.patch(MANIFEST_WORKS, name, patch, namespace)
+        _log.info("changed %s", called)
         self._contention.written(called, digest)
         return written
 
     async def _create(self, work: Object) -> Object:
-        return await self._api.create(MANIFEST_WORKS, work)
+        """Create a work; return the one that is there, if there is one that is not known: its label was taken off, say."""
+        metadata = work["metadata"]
+        name, namespace = metadata["name"], metadata["namespace"]
+        try:
+            created = await self._api.create(MANIFEST_WORKS, work)
+        except AlreadyExists as error:
+            found = await find(self._api, MANIFEST_WORKS, name, namespace)
+            if found is None or is_deleting(found):
+                raise Conflict(error.message, status=error.status, reason=error.reason) from error
+            return found
+        _log.info("created ManifestWork %s/%s", namespace, name)
+        return created
 
     async def _tell(self, addon: Object, patch: Object | None) -> None:
-        if patch is not None:
-            await patch_status(self._api, self._addons, addon, patch)
+        await self._status.write(addon, patch)

@@ -5,54 +5,39 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from clusterproxy.errors import ClusterProxyError
-from clusterproxy.kube.resource import MANAGED_CLUSTER_ADDONS, map_at, text_at
+from clusterproxy.kube.resource import map_at, text_at
 
-from .addon_api import patch_status, versioned
 from .agent_values import install_namespace
 from .chart_values import UnrenderableError
 from .registration import Permission, Wanted, next_status_patch, supported_configs_patch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from datetime import datetime
-
-    from clusterproxy.kube.api import KubeApi
     from clusterproxy.kube.resource import Object
 
+    from .addon_api import AddonStatus
     from .addon_configs import AddonConfigs
     from .agent_rights import AgentRights
     from .config import ManagerConfig
     from .hub_sight import HubSight
-    from .registration import AddonVersion
 
 # Three are taken at most, by an apiserver that keeps what is written.
 _STEPS: Final = 8
 
 
 class Registrar:
-    """Registers the agent of one cluster after the other.
-
-    Args:
-      version: of the add-on API that the hub serves.
-      clock: returns the time.
-    """
+    """Registers the agent of one cluster after the other."""
 
     def __init__(
         self,
-        api: KubeApi,
         config: ManagerConfig,
         configs: AddonConfigs,
         rights: AgentRights,
-        version: AddonVersion,
-        clock: Callable[[], datetime],
+        status: AddonStatus,
     ) -> None:
-        self._api = api
         self._config = config
         self._configs = configs
         self._rights = rights
-        self._version = version
-        self._addons = versioned(MANAGED_CLUSTER_ADDONS, version)
-        self._clock = clock
+        self._status = status
 
     async def register(self, addon: Object, cluster: Object, sight: HubSight) -> Object:
         """Take all steps of a registration that can be taken; return the add-on as it is then.
@@ -69,8 +54,8 @@ class Registrar:
         if sight.configuration is None or (sight.authority is None and not sight.authority_problem):
             # There will be, and then this comes again.
             return addon
-        if (patch := supported_configs_patch(addon)) is not None:
-            addon = await patch_status(self._api, self._addons, addon, patch)
+        addon = await self._status.write(addon, supported_configs_patch(addon))
+        patch: Object | None = None
         for _ in range(_STEPS):
             permission, failure = Permission(ready=False, error=sight.authority_problem), None
             if not permission.error:
@@ -85,9 +70,8 @@ class Registrar:
                 install_namespace=self._namespace(addon),
                 permission=permission,
             )
-            patch = next_status_patch(addon, wanted, self._clock(), self._version)
-            if patch is not None:
-                addon = await patch_status(self._api, self._addons, addon, patch)
+            patch = next_status_patch(addon, wanted, self._status.now(), self._status.version)
+            addon = await self._status.write(addon, patch)
             if failure is not None:
                 raise failure
             if patch is None:

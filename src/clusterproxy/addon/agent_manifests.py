@@ -14,12 +14,12 @@ from clusterproxy.kube.resource import (
     CLUSTER_ROLES,
     DEPLOYMENTS,
     NAMESPACES,
+    NETWORK_POLICIES,
     ROLE_BINDINGS,
     ROLES,
     SECRETS,
     SERVICE_ACCOUNTS,
     SERVICES,
-    Resource,
 )
 
 from .agent_deployment import (
@@ -38,12 +38,11 @@ from .manifest_work import DELETION_ORPHAN
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from clusterproxy.kube.resource import Object
+    from clusterproxy.kube.resource import Object, Resource
 
     from .chart_values import ChartValues
 
 _RBAC_GROUP: Final = "rbac.authorization.k8s.io"
-NETWORK_POLICIES: Final = Resource("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy")
 
 ROLE: Final = "cluster-proxy-addon-agent"
 CLUSTER_ROLE: Final = "cluster-proxy-addon-agent-impersonator"

@@ -22,10 +22,11 @@ from clusterproxy.kube.resource import (
     text_at,
 )
 
-from .hub_objects import AGENT_GROUP, PORT_FORWARD_ROLE
+from .hub_objects import PORT_FORWARD_ROLE
 from .registration import (
     ADDON_AGENT_USER,
     ADDON_NAME,
+    AGENT_GROUP,
     AddonVersion,
     Subject,
     owner_reference,
@@ -86,15 +87,26 @@ def agent_permissions(
     """
     name = text_at(cluster, "metadata", "name")
     owner = owner_reference(addon, version)
+    leases = {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"]}
+    # Its own lease, if its cluster has no room for one. All agents bear one name: by other leases they could make each
+    # other's clusters look dead.
+    rules: list[Object] = [
+        {**leases, "verbs": ["create"]},
+        {**leases, "resourceNames": [ADDON_NAME], "verbs": ["get", "update", "patch"]},
+    ]
     roles: list[tuple[Resource, Object]] = [
-        _object(
-            ROLES, AGENT_ROLE, name, _rules("coordination.k8s.io", ["leases"], "*"), owner=owner
-        )
+        _object(ROLES, AGENT_ROLE, name, {"rules": rules}, owner=owner)
     ]
     if token_reviews:
-        rules = _rules("authentication.k8s.io", ["tokenreviews"], "create")
+        rules = [
+            {
+                "apiGroups": ["authentication.k8s.io"],
+                "resources": ["tokenreviews"],
+                "verbs": ["create"],
+            }
+        ]
         roles += [
-            _object(CLUSTER_ROLES, TOKEN_REVIEW_ROLE, None, rules),
+            _object(CLUSTER_ROLES, TOKEN_REVIEW_ROLE, None, {"rules": rules}),
             _binding(CLUSTER_ROLE_BINDINGS, TOKEN_REVIEW_ROLE, TOKEN_REVIEW_ROLE, None, _SHARED),
         ]
     subject = attrs.evolve(
@@ -163,10 +175,6 @@ def _foreign(subject: Subject, cluster: str) -> str:
     if user not in {"", _SHARED.user} and not (user.startswith(account) and user != account):
         return f"user {user!r}"
     return next((f"group {group!r}" for group in subject.groups if group != AGENT_GROUP), "")
-
-
-def _rules(group: str, resources: list[str], verb: str) -> Object:
-    return {"rules": [{"apiGroups": [group], "resources": resources, "verbs": [verb]}]}
 
 
 def _binding(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import json
 import re
 from typing import TYPE_CHECKING, Final, cast
@@ -18,13 +17,14 @@ from typing import TYPE_CHECKING, Final, cast
 import attrs
 
 from clusterproxy.kube.resource import list_at, map_at, text_at
+from clusterproxy.tunnel.agent_identity import service_proxy_host
 
 from .agent_images import Mirror, mirrored, parse_image, parse_mirrors
 from .chart_values import DEFAULTS, UnrenderableError, merge, parse_values
 from .configuration import SERVICE_PROXY_SECRET, EntrypointType, ProxyConfiguration
 from .deployment_config import DeploymentConfig, called, parse_deployment_config
 from .fields import Fields, shown
-from .hub_objects import GENERATION, SERVICE_PROXY_DOMAIN
+from .hub_objects import GENERATION
 from .registration import ADDON_NAME
 
 if TYPE_CHECKING:
@@ -40,9 +40,8 @@ IMAGE_REGISTRIES: Final = "open-cluster-management.io/image-registries"
 NODE_SELECTOR: Final = "open-cluster-management/nodeSelector"
 _LOCAL_CLUSTER: Final = "local-cluster"
 
-# A label of DNS has up to 63 characters.
-_HOST_LENGTH: Final = 56
-_SERVICE_LENGTH: Final = 63
+# What the add-on agent listens on, and forwards to, by default.
+_AGENTS_PORT: Final = 8091
 
 
 @attrs.frozen(kw_only=True)
@@ -60,22 +59,6 @@ class AgentSources:
     """The secret with the service proxies' certificate."""
     deployment_config: Object | None = None
     """The AddOnDeploymentConfig, if the add-on refers to one."""
-
-
-def service_proxy_host(cluster: str) -> str:
-    """Return the host by which the service proxy of a cluster is reached through the tunnel.
-
-    Source: upstream ``pkg/util/serviceurl.go`` ``GenerateServiceProxyHost``.
-    """
-    return f"cluster-{_hash(cluster)}"[:_HOST_LENGTH] + f".{SERVICE_PROXY_DOMAIN}"
-
-
-def service_host(cluster: str, namespace: str, service: str) -> str:
-    """Return the host by which old clients reach a Service of a cluster.
-
-    Source: upstream ``pkg/util/serviceurl.go`` ``GenerateServiceURL``.
-    """
-    return f"cluster-proxy-{_hash(f'{cluster} {namespace} {service}')}"[:_SERVICE_LENGTH]
 
 
 def install_namespace(config: ManagerConfig, deployment_config: Object | None) -> str:
@@ -158,6 +141,11 @@ def _of_configuration(
     ]
     if server.entrypoint.type is EntrypointType.PORT_FORWARD:
         args.append("--enable-port-forward-proxy=true")
+        # The original has no such flags, and no way to and from other ports either.
+        if server.entrypoint.port != _AGENTS_PORT:
+            args.append(f"--port-forward-port={server.entrypoint.port}")
+        if configuration.ports.agent_server != _AGENTS_PORT:
+            args.append(f"--proxy-server-port={configuration.ports.agent_server}")
     return {
         "agentDeploymentName": "cluster-proxy-proxy-agent",
         "agentDeploymentAnnotations": {GENERATION: str(configuration.generation)},
@@ -340,7 +328,3 @@ def _check(values: Object, above: Object, whose: str) -> None:
                 for name, problem in zip(names, error.problems, strict=True)
             ]
         ) from error
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -16,7 +16,6 @@ from .ca_rotation import (
     REQUEST,
     RETIRED,
     Phase,
-    agents_have_bundle,
     fingerprint,
     previous_fingerprint,
     stamp,
@@ -29,7 +28,7 @@ from .objects import patiently
 from .signer import SignerInvalid
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from datetime import datetime
 
     from cryptography import x509
@@ -44,22 +43,42 @@ if TYPE_CHECKING:
 
 # Nobody tells of what others' configurations have.
 _LAGGING_S: Final = 10.0
+# When nobody is waited for any more this comes at once; only the names that are shown may be others.
+_NAMES_S: Final = 60.0
 _SHOWN: Final = 5
 
 
 @attrs.frozen
 class Seen:
-    """Where a rotation was, and who on the hub did not have yet what its phase gives them."""
+    """Where a rotation was, and who did not have yet what its phase gives them.
+
+    Attributes:
+      sight: the authority's secret.
+      lagging: what on the hub.
+      agents: the clusters of those agents, and why if that is known; None if the clusters are not known.
+    """
 
     sight: Sight
     lagging: tuple[str, ...]
+    agents: Mapping[str, str] | None
 
 
 class CAProgress:
-    """The rotation of one authority."""
+    """The rotation of one authority.
 
-    def __init__(self, api: KubeApi, signer: Signer, events: EventRecorder) -> None:
+    Args:
+      agents: returns which clusters' agents have not what the phase of a state gives them; see :class:`Seen`.
+    """
+
+    def __init__(
+        self,
+        api: KubeApi,
+        signer: Signer,
+        events: EventRecorder,
+        agents: Callable[[State], Mapping[str, str] | None],
+    ) -> None:
         self._api = api
+        self._agents = agents
         self._signer = signer
         self._events = events
 
@@ -77,8 +96,10 @@ class CAProgress:
             return None
         if sight is None:
             return None
+        # That ends what was waited for, too.
+        agents = self._agents(sight.state)
         steady = sight.state.phase is Phase.STEADY
-        return Seen(sight, () if steady else await self._lagging(sight.state, now))
+        return Seen(sight, () if steady else await self._lagging(sight.state, now), agents)
 
     async def go_on(self, live: Object, seen: Seen, now: datetime, findings: Findings) -> float:
         """Take the next step if it is due, or tell what is waited for; return seconds until there may be another.
@@ -90,22 +111,24 @@ class CAProgress:
           KubeError: what the apiserver says.
         """
         state = seen.sight.state
-        delivered = not seen.lagging and agents_have_bundle(state)
+        agents = seen.agents is not None and not seen.agents
         try:
-            # Nothing of ours knows which certificates agents have.
             if await self._signer.advance(
-                seen.sight, now, delivered=delivered, previous_unused=False
+                seen.sight, now, delivered=not seen.lagging, agents=agents
             ):
                 return 0.0
         except Conflict:
             return 0.0
         self._tell(live, seen, now, findings)
-        return min(state.seconds_left(now), _LAGGING_S if seen.lagging else float("inf"))
+        pauses = [state.seconds_left(now)]
+        pauses += [_LAGGING_S] if seen.lagging else []
+        pauses += [_NAMES_S] if seen.agents else []
+        return min(pauses)
 
     def _tell(self, live: Object, seen: Seen, now: datetime, findings: Findings) -> None:
         secret = f"{self._signer.namespace}/{self._signer.name}"
         before = told(live, CA_ROTATION)
-        waiting = waits_for(seen.sight.state, seen.lagging, now, secret)
+        waiting = waits_for(seen.sight.state, seen.lagging, seen.agents, now, secret)
         if waiting is None:
             findings.withdrawn.add(CA_ROTATION)
             if before:
@@ -181,23 +204,35 @@ class Waiting:
     message: str
 
 
-def waits_for(state: State, lagging: Sequence[str], now: datetime, secret: str) -> Waiting | None:
+def waits_for(
+    state: State,
+    lagging: Sequence[str],
+    agents: Mapping[str, str] | None,
+    now: datetime,
+    secret: str,
+) -> Waiting | None:
     """Return what a rotation waits for, None if there is none and none is wanted.
 
     Args:
       state: where it is.
-      lagging: what on the hub has not what the phase gives it.
+      lagging, agents: who has not what the phase gives them, see :class:`Seen`.
       now: the time.
       secret: namespace and name of the authority's.
     """
-    waiting = _waiting(state, lagging, now, secret)
+    waiting = _waiting(state, lagging, agents, now, secret)
     if not state.problems:
         return waiting
     texts = (*state.problems, *(() if waiting is None else (waiting.message,)))
     return Waiting(False, "InvalidAnnotation", "; ".join(texts))
 
 
-def _waiting(state: State, lagging: Sequence[str], now: datetime, secret: str) -> Waiting | None:
+def _waiting(
+    state: State,
+    lagging: Sequence[str],
+    agents: Mapping[str, str] | None,
+    now: datetime,
+    secret: str,
+) -> Waiting | None:
     if state.phase is Phase.STEADY:
         if not aged(state.authority.certificate, now):
             return None
@@ -216,26 +251,62 @@ def _waiting(state: State, lagging: Sequence[str], now: datetime, secret: str) -
             if state.phase is Phase.PREPARE
             else "are issued anew by the new authority, or deleted if nobody uses them"
         )
-        more = "" if len(lagging) <= _SHOWN else f" and {len(lagging) - _SHOWN} more"
-        message = f"{phase}: waiting until these {what}: {', '.join(lagging[:_SHOWN])}{more}"
+        message = f"{phase}: waiting until these {what}: {_listed(lagging)}"
         return Waiting(True, "AwaitingHub", message)
-    if not agents_have_bundle(state):
+    if state.phase is Phase.PREPARE:
+        return _prepare(state, agents, phase, now, secret)
+    return _retire(state, agents, phase, now, secret)
+
+
+def _prepare(
+    state: State, agents: Mapping[str, str] | None, phase: str, now: datetime, secret: str
+) -> Waiting:
+    if state.said_delivered or (agents is not None and not agents):
+        end = stamp((state.since or now) + state.overlap)
+        message = f"{phase}: all have both authorities; the new one signs from {end} on"
+        return Waiting(True, "Delivered", message)
+    go_on = _annotate(secret, DELIVERED, fingerprint(state.bundle()))
+    if agents is None:
         message = (
             f"{phase}: the new authority signs nothing before all agents have ca.crt of Secret proxy-server-ca. Give it "
-            "to them and to whoever else verifies, then say so: "
-            + _annotate(secret, DELIVERED, fingerprint(state.bundle()))
+            f"to them and to whoever else verifies, then say so: {go_on}"
         )
         return Waiting(False, "AwaitingDelivery", message)
-    since = state.since or now
-    if state.phase is Phase.PREPARE:
-        message = f"{phase}: all have both authorities; the new one signs from {stamp(since + state.overlap)} on"
-        return Waiting(True, "Delivered", message)
     message = (
-        f"{phase}: what was replaced is trusted until {stamp(since + LONGEST_RETIREMENT)}, for agents may have "
-        "certificates of it. To end that at once, which cuts off those that have: "
-        + _annotate(secret, RETIRED, previous_fingerprint(state))
+        f"{phase}: the new authority signs nothing before the agents of these clusters have it: {_clusters(agents)}. To "
+        f"wait for none of them, which are cut off then until they have it: {go_on}"
+    )
+    stuck = any(agents.values())
+    return Waiting(not stuck, "AwaitingDelivery" if stuck else "AwaitingAgents", message)
+
+
+def _retire(
+    state: State, agents: Mapping[str, str] | None, phase: str, now: datetime, secret: str
+) -> Waiting:
+    if agents is not None and not agents:
+        end = stamp((state.since or now) + state.overlap)
+        message = f"{phase}: nobody has a certificate of what was replaced any more; it is trusted until {end}"
+        return Waiting(True, "Retiring", message)
+    end = stamp((state.began or now) + LONGEST_RETIREMENT)
+    who = (
+        "agents may have certificates of it"
+        if agents is None
+        else f"the agents of these clusters have not said that they have others: {_clusters(agents)}"
+    )
+    message = (
+        f"{phase}: what was replaced is trusted until {end}, for {who}. To end that at once, which cuts off those that "
+        f"have: {_annotate(secret, RETIRED, previous_fingerprint(state))}"
     )
     return Waiting(True, "Retiring", message)
+
+
+def _clusters(agents: Mapping[str, str]) -> str:
+    return _listed([f"{name} ({why})" if why else name for name, why in agents.items()])
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = "" if len(names) <= _SHOWN else f" and {len(names) - _SHOWN} more"
+    return f"{', '.join(names[:_SHOWN])}{more}"
 
 
 def _annotate(secret: str, key: str, value: str) -> str:

@@ -11,8 +11,8 @@ steady   the authority      it       ``ca``                when it is asked for,
 prepare  the authority      it, new  ``ca``, ``next-ca``   the overlap after all have been found to have the
                                                            bundle
 retire   the new one        it, old  ``ca``, ``previous``  the overlap after all certificates have been found
-                                                           to be the new one's, when none of the old one's is
-                                                           in use
+                                                           to be the new one's, or when the last one of the
+                                                           old one's has expired
 =======  =================  =======  ====================  =================================================
 
 It can be asked for in every phase: then a fresh authority is prepared, and all that may have issued something stay
@@ -60,7 +60,7 @@ ACTED_ON: Final = f"{_PREFIX}rotated-ca"
 BEGAN: Final = f"{_PREFIX}ca-phase-began"
 #: Since when all have what the phase gives them, found at every look.
 SINCE: Final = f"{_PREFIX}ca-delivered-since"
-#: By which an administrator says that all agents have a bundle: its :func:`fingerprint`.
+#: By which an administrator says that no agent is to be waited for that has not a bundle: its :func:`fingerprint`.
 DELIVERED: Final = f"{_PREFIX}ca-delivered"
 #: By which an administrator ends the trust in the previous authorities: the fingerprint of ``previous-ca.crt``.
 RETIRED: Final = f"{_PREFIX}ca-retire"
@@ -69,7 +69,7 @@ OVERLAP: Final = f"{_PREFIX}ca-overlap"
 
 DEFAULT_OVERLAP: Final = timedelta(minutes=10)
 
-#: After that nothing that the old authority has issued is valid, whatever is said to be in use.
+#: So long after it has signed for the last time nothing that an authority has issued is valid.
 LONGEST_RETIREMENT: Final = LEAF_VALIDITY + timedelta(days=1)
 # A time that is so long after now was written by a clock that was wrong.
 _SKEW: Final = timedelta(minutes=5)
@@ -95,7 +95,7 @@ class State:
       since: since when all have what the phase gives them, see :data:`SINCE`; None if not all have.
       requested: what was asked for, see :data:`REQUEST`.
       acted_on: the last request that was acted on.
-      delivered: which bundle all agents are said to have, see :data:`DELIVERED`.
+      delivered: which bundle all agents are said to have that matter, see :data:`DELIVERED`.
       retired: whom not to trust any more, see :data:`RETIRED`.
       overlap: how long a phase lasts at least.
       problems: what of the annotations was ignored, and why.
@@ -129,6 +129,11 @@ class State:
     def bundle(self) -> bytes:
         """Return what is to be trusted as PEM."""
         return _pem(self.trusted)
+
+    @property
+    def said_delivered(self) -> bool:
+        """Whether an administrator has said that agents are not to be waited for: of this very bundle."""
+        return self.phase is Phase.PREPARE and self.delivered == fingerprint(self.bundle())
 
     def seconds_left(self, now: datetime) -> float:
         """Return how long the overlap lasts yet; infinity if it has not begun, or is over."""
@@ -207,7 +212,7 @@ def step(
     now: datetime,
     *,
     delivered: bool,
-    previous_unused: bool,
+    agents: bool,
     generate: Callable[[datetime], Authority] | None = None,
 ) -> State | None:
     """Return the state that is to follow at once, or None if nothing is due.
@@ -215,10 +220,11 @@ def step(
     Args:
       state: the present one.
       now: the time.
-      delivered: whether all were found to have what the phase gives them: whoever verifies certificates
+      delivered: whether all on the hub were found to have what the phase gives them: whoever verifies certificates
         :meth:`State.bundle` of *state*, and in the phase *retire* whoever has a certificate one of the authority's.
-        From then on the overlap counts, so what has only just been written is not delivered yet.
-      previous_unused: whether no certificate is in use any more that :attr:`State.previous` has issued.
+      agents: whether all agents were found to have it: in the phase *prepare* the bundle, in the phase *retire*
+        certificates of the authority's. False if that is not known. From when all have it the overlap counts, so
+        what has only just been written is not delivered yet.
       generate: makes a new authority.
     """
     generate = generate or _generate
@@ -251,7 +257,9 @@ def step(
         return attrs.evolve(state, previous=(), began=began, since=None)
     if state.began is None or state.began > now + _SKEW:
         return attrs.evolve(state, began=now)
-    if not delivered:
+    if delivered and state.following is None and _over(state, state.began, now):
+        return attrs.evolve(state, previous=(), began=None, since=None)
+    if not delivered or not (agents or state.said_delivered):
         return None if state.since is None else attrs.evolve(state, since=None)
     if state.since is None or state.since > now + _SKEW:
         return attrs.evolve(state, since=now)
@@ -266,20 +274,7 @@ def step(
             began=now,
             since=None,
         )
-    over = (
-        previous_unused
-        or now - state.since >= LONGEST_RETIREMENT
-        or all(now >= each.not_valid_after_utc for each in state.previous)
-    )
-    return attrs.evolve(state, previous=(), began=None, since=None) if over else None
-
-
-def agents_have_bundle(state: State) -> bool:
-    """Whether all agents have :meth:`State.bundle`, as far as they need it: what signs already, they must have had before.
-
-    Only an administrator can know that as long as nothing of ours gives it to them.
-    """
-    return state.phase is not Phase.PREPARE or state.delivered == fingerprint(state.bundle())
+    return attrs.evolve(state, previous=(), began=None, since=None)
 
 
 def fingerprint(pem: bytes) -> str:
@@ -310,6 +305,13 @@ def _due(state: State, now: datetime) -> bool:
     if state.following is not None:
         return not _usable(state.following, now)
     return state.authority.self_made and aged(state.authority.certificate, now)
+
+
+def _over(state: State, began: datetime, now: datetime) -> bool:
+    """Whether nothing is valid that the previous authorities have issued: they sign nothing since the phase began."""
+    return now - began >= LONGEST_RETIREMENT or all(
+        now >= each.not_valid_after_utc for each in state.previous
+    )
 
 
 def _usable(authority: Authority | None, now: datetime) -> bool:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 #: The only host that the certificates are for, as the klusterlet asks for it.
 AGENT_HOST: Final = f"{ADDON_NAME}.addon.open-cluster-management.io"
 
+#: In the place of a request that is not kept: it is far larger than any of an agent.
+TOO_LARGE: Final = "too large"
+
 # The klusterlet may put all into that group in which they are anyway.
 _EVERYBODY: Final = "system:authenticated"
 _SMALLEST_RSA: Final = 2048
@@ -64,11 +67,16 @@ def load_request(request: Object, subject: Subject) -> x509.CertificateSigningRe
       subject: whose name it must bear.
 
     Raises:
-      RequestRefused: it cannot be read, or is for another name, or for a host that is not the agent's, or its key is
+      RequestRefused: it is too large, or cannot be read, or is for another name, or for a host that is not the agent's, or its key is
         weak. Its URIs are not looked at, see :func:`check_uris`, and the other extensions that it wants are no matter.
     """
+    text = text_at(request, "spec", "request")
+    if text == TOO_LARGE:
+        raise RequestRefused(
+            "TooLarge", "spec.request: with labels and annotations it is too large"
+        )
     try:
-        pem = base64.b64decode(text_at(request, "spec", "request"), validate=True)
+        pem = base64.b64decode(text, validate=True)
         parsed = x509.load_pem_x509_csr(pem)
         if not parsed.is_signature_valid:
             raise RequestRefused(

@@ -18,29 +18,32 @@ from clusterproxy.kube.controller import Controller
 from clusterproxy.kube.reflector import Reflector
 from clusterproxy.kube.resource import (
     ADDON_DEPLOYMENT_CONFIGS,
-    MANAGED_CLUSTER_ADDONS,
     SECRETS,
     text_at,
     value_at,
 )
 
-from .addon_api import NotInstalled, discover, patch_status, versioned
+from .addon_api import AddonStatus, NotInstalled, discover
 from .addon_configs import AddonConfigs
 from .addon_csrs import RequestReconciler
 from .addon_deploy import Deployer
 from .addon_registration import Registrar
 from .agent_rights import AgentRights
-from .ca_delivery import all_have
+from .ca_delivery import CertificateNotes, Delivery
 from .configuration import MAIN_CONFIGURATION, SERVICE_PROXY_SECRET
-from .fleet import Fleet, lean
+from .fleet import Fleet, issued_to, lean
 from .hub_sight import HubSight, look
 from .registration import ADDON_NAME, is_deleting, is_owned
 from .spec_hash import ConfigKey
+from .turns import Turns
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from clusterproxy.kube.api import WatchEvent
     from clusterproxy.kube.resource import Object
 
+    from .ca_rotation import State
     from .certificates import Authority
     from .config import ManagerConfig
     from .program import Hub
@@ -54,6 +57,13 @@ _RESYNC_S: Final = 600.0
 
 # Each waits for the apiserver most of the time; a cluster that fails is not waited for.
 _WORKERS: Final = 4
+
+# A klusterlet may write its add-on's status as often as it likes: all that it costs then is its own cluster's time.
+_TURNS_AT_ONCE: Final = 60
+_TURN_S: Final = 0.5
+
+# Of a cluster's open requests so many are looked at again when something of the cluster has changed.
+_NEWEST: Final = 20
 
 # How soon it is noticed that Open Cluster Management has been installed.
 _LOOK_AGAIN_S: Final = 10.0
@@ -70,12 +80,19 @@ class ClusterAgents:
 
     Args:
       configurations: the ManagedProxyConfigurations, which somebody else keeps up to date.
+      delivered: is called when :meth:`lacking` may have another answer, as far as that matters soon.
     """
 
     def __init__(
-        self, hub: Hub, config: ManagerConfig, signer: Signer, configurations: Reflector
+        self,
+        hub: Hub,
+        config: ManagerConfig,
+        signer: Signer,
+        configurations: Reflector,
+        delivered: Callable[[], None],
     ) -> None:
         self._hub = hub
+        self._delivered = delivered
         self._config = config
         self._signer = signer
         self._configurations = configurations
@@ -89,9 +106,12 @@ class ClusterAgents:
         """Take note that something of the hub's side may have changed: an authority, a load balancer's address."""
         self._looks.enqueue(_HUB)
 
-    def delivered(self, bundle: bytes) -> bool:
-        """Return whether all clusters say that their agents have all authorities of a bundle."""
-        return self._at_work is not None and self._at_work.delivered(bundle)
+    def lacking(self, state: State) -> dict[str, str] | None:
+        """Return the clusters whose agents have not what a phase of the CA's rotation gives them, and why not.
+
+        None if it is not known which clusters there are. See :class:`~.ca_delivery.Delivery`.
+        """
+        return None if self._at_work is None else self._at_work.lacking(state)
 
     async def run(self) -> Never:
         """Look after them, until cancelled."""
@@ -102,7 +122,9 @@ class ClusterAgents:
             self.hub_changed()
             await self._configurations.synced.wait()
             await self._seen.wait()
-            self._at_work = _Controllers(self._hub, self._config, self._configurations, version)
+            self._at_work = _Controllers(
+                self._hub, self._config, self._configurations, version, self._delivered
+            )
             if self._sight is not None:
                 self._at_work.take(self._sight)
             nursery.start_soon(self._at_work.run)
@@ -152,13 +174,19 @@ class _Controllers:
     """What works once it is known how to speak with the hub."""
 
     def __init__(
-        self, hub: Hub, config: ManagerConfig, configurations: Reflector, version: AddonVersion
+        self,
+        hub: Hub,
+        config: ManagerConfig,
+        configurations: Reflector,
+        version: AddonVersion,
+        delivered: Callable[[], None],
     ) -> None:
         api, metrics = hub.api, hub.metrics
-        self._api = api
-        self._addons = versioned(MANAGED_CLUSTER_ADDONS, version)
         self._sight = HubSight()
         self._fleet = Fleet(api, configurations, version)
+        self._delivered = delivered
+        self._delivery = Delivery(self._fleet, delivered)
+        self._notes = CertificateNotes()
         self._certificates = Reflector(
             api,
             SECRETS,
@@ -171,8 +199,9 @@ class _Controllers:
         )
         self._rights = AgentRights(api, version, self._clusters.enqueue, self._all_changed)
         self._configs = AddonConfigs(api, self._fleet, version)
-        self._registrar = Registrar(api, config, self._configs, self._rights, version, _now)
-        self._deployer = Deployer(api, config, self._fleet, self._configs, version, _now)
+        self._status = AddonStatus(api, version, _now)
+        self._registrar = Registrar(config, self._configs, self._rights, self._status)
+        self._deployer = Deployer(api, config, self._fleet, self._configs, self._status)
         self._requests = RequestReconciler(api, self._fleet, hub.events, self._authority, _now)
         self._requests_controller: Controller[str] = Controller(
             "certificatesigningrequest",
@@ -184,12 +213,13 @@ class _Controllers:
             "clustermanagementaddon", self._configs.reconcile, metrics=metrics
         )
         self._known: dict[str, Object] = {}
+        self._turns = Turns(_TURNS_AT_ONCE, _TURN_S)
         self._synced = False
         self._subscribe()
 
-    def delivered(self, bundle: bytes) -> bool:
-        """See :meth:`ClusterAgents.delivered`. Before all is known, nothing is delivered."""
-        return self._synced and all_have(self._fleet, bundle)
+    def lacking(self, state: State) -> dict[str, str] | None:
+        """See :meth:`ClusterAgents.lacking`."""
+        return self._delivery.lacking(state) if self._synced else None
 
     async def run(self) -> Never:
         """Act on whatever changes, until cancelled."""
@@ -201,6 +231,7 @@ class _Controllers:
             for reflector in reflectors:
                 await reflector.synced.wait()
             self._synced = True
+            self._delivered()
             # Not before: what is not known yet would be taken for gone.
             for controller in (self._clusters, self._requests_controller, self._management):
                 nursery.start_soon(controller.run)
@@ -212,18 +243,12 @@ class _Controllers:
         fleet = self._fleet
         fleet.clusters.subscribe(self._cluster_changed)
         fleet.addons.subscribe(self._addon_changed)
-        fleet.works.subscribe(
-            lambda event: self._clusters.enqueue(text_at(event.object, "metadata", "namespace"))
-        )
+        fleet.works.subscribe(self._work_changed)
         fleet.deployment_configs.subscribe(self._deployment_config_changed)
         fleet.management.subscribe(
             lambda event: self._management.enqueue(text_at(event.object, "metadata", "name"))
         )
-        fleet.requests.subscribe(
-            lambda event: self._requests_controller.enqueue(
-                text_at(event.object, "metadata", "name")
-            )
-        )
+        fleet.requests.subscribe(self._request_changed)
         self._certificates.subscribe(lambda _event: self._all_changed())
 
     def take(self, sight: HubSight) -> None:
@@ -254,11 +279,28 @@ class _Controllers:
         self._one_changed(name)
 
     def _addon_changed(self, event: WatchEvent) -> None:
-        self._one_changed(text_at(event.object, "metadata", "namespace"))
+        cluster = text_at(event.object, "metadata", "namespace")
+        if event.change is Change.DELETED:
+            self._notes.forget(cluster)
+        else:
+            self._notes.note(event.object)
+        self._one_changed(cluster)
+
+    def _work_changed(self, event: WatchEvent) -> None:
+        cluster = text_at(event.object, "metadata", "namespace")
+        self._delivery.note(cluster)
+        self._clusters.enqueue(cluster)
+
+    def _request_changed(self, event: WatchEvent) -> None:
+        if self._sight.retiring and (cluster := issued_to(event.object)):
+            # It may have said already that it has the certificate.
+            self._clusters.enqueue(cluster)
+        self._requests_controller.enqueue(text_at(event.object, "metadata", "name"))
 
     def _one_changed(self, cluster: str) -> None:
+        self._delivery.note(cluster)
         self._clusters.enqueue(cluster)
-        for name in self._requests.open_requests(cluster):
+        for name in self._requests.open_requests(cluster)[-_NEWEST:]:
             self._requests_controller.enqueue(name)
 
     def _deployment_config_changed(self, event: WatchEvent) -> None:
@@ -283,13 +325,19 @@ class _Controllers:
         if addon is None or is_deleting(addon) or not accepted:
             # What it owns is collected with it.
             await self._rights.take(name)
+            self._turns.forget(name)
             return None
         if cluster is None or is_deleting(cluster) or not is_owned(addon):
             return None
+        if (wait := self._turns.take(name)) > 0:
+            return wait
         sight = self._sight
-        if (patch := self._configs.patch(addon)) is not None:
-            addon = await patch_status(self._api, self._addons, addon, patch)
+        addon = await self._status.write(addon, self._configs.patch(addon))
         addon = await self._registrar.register(addon, cluster, sight)
+        authority = sight.authority if sight.retiring else None
+        issued = self._fleet.issued(name)
+        notes = self._notes.patch(addon, issued, authority, self._status.now())
+        addon = await self._status.write(addon, notes)
         if self._is_outdated(sight):
             return None
         certificate = next(iter(self._certificates.items.values()), None)

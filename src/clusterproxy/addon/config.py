@@ -71,6 +71,21 @@ def _check_positive_or_default(name: str, value: float) -> None:
         raise ConfigError(name, f"--{name} must be a number, got {value}")
 
 
+def _check_given(values: dict[str, str]) -> None:
+    """Check that flags have values."""
+    for name, value in values.items():
+        if not value:
+            raise ConfigError(name, f"--{name} must not be empty")
+
+
+def _check_ports(
+    metrics: str, metrics_address: BindAddress, health: str, health_address: BindAddress
+) -> None:
+    """Check that the two ports of a program are two, if it has any."""
+    if metrics_address.port and metrics_address == health_address:
+        raise ConfigError(health, f"--{health} and --{metrics} are the same")
+
+
 @attrs.frozen(kw_only=True)
 class ManagerConfig:
     """What the manager is told. Nothing is read before :meth:`validate`."""
@@ -126,20 +141,21 @@ class ManagerConfig:
                 "image-pull-policy",
                 f"--image-pull-policy: {quote(self.image_pull_policy)} is none of {known}",
             )
-        for name, value in (
-            ("signer-secret-namespace", self.signer_secret_namespace),
-            ("signer-secret-name", self.signer_secret_name),
-            ("agent-install-namespace", self.agent_install_namespace),
-        ):
-            if not value:
-                raise ConfigError(name, f"--{name} must not be empty")
-        if self.metrics_address.port and self.metrics_address == self.health_address:
-            raise ConfigError(
-                "health-probe-bind-address",
-                "--health-probe-bind-address and --metrics-bind-address are the same",
-            )
+        _check_given(
+            {
+                "signer-secret-namespace": self.signer_secret_namespace,
+                "signer-secret-name": self.signer_secret_name,
+                "agent-install-namespace": self.agent_install_namespace,
+            }
+        )
+        _check_ports(
+            "metrics-bind-address",
+            self.metrics_address,
+            "health-probe-bind-address",
+            self.health_address,
+        )
         _check_positive_or_default("kube-api-qps", self.kube_api_qps)
-        _ = self.health_address, self.gates
+        _ = self.gates
 
 
 @attrs.frozen(kw_only=True)
@@ -174,14 +190,11 @@ class ControllersConfig:
         Raises:
           ConfigError: for the first thing that is wrong.
         """
-        for name, value in (
-            ("certificates-namespace", self.certificates_namespace),
-            ("signer-secret-name", self.signer_secret_name),
-            ("signer-secret-namespace", self.signer_secret_namespace),
-        ):
-            if not value:
-                raise ConfigError(name, f"--{name} must not be empty")
-        if self.metrics_address.port and self.metrics_address == self.health_address:
-            raise ConfigError(
-                "health-probe-addr", "--health-probe-addr and --metrics-addr are the same"
-            )
+        _check_given(
+            {
+                "certificates-namespace": self.certificates_namespace,
+                "signer-secret-name": self.signer_secret_name,
+                "signer-secret-namespace": self.signer_secret_namespace,
+            }
+        )
+        _check_ports("metrics-addr", self.metrics_address, "health-probe-addr", self.health_address)

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from clusterproxy.kube.resource import list_at, map_at, text_at, value_at
+from clusterproxy.tunnel.agent_identity import CLUSTER_URI
 
 from .agent_permissions import ADDON_LABEL, CLUSTER_LABEL
 from .certificate_request import RequestRefused, check_uris, load_request, names_of
@@ -40,9 +41,6 @@ if TYPE_CHECKING:
     from clusterproxy.kube.resource import Object
 
     from .certificates import Authority
-
-#: The URI that says of which cluster an agent's certificate is; the name of the cluster follows.
-CLUSTER_URI: Final = "urn:open-cluster-management:cluster-proxy:cluster:"
 
 _KLUSTERLET: Final = "system:open-cluster-management:"
 _SERVICE_ACCOUNT: Final = "system:serviceaccount:"
@@ -204,7 +202,8 @@ def _checked(
     name = cluster_of(request)
     if cluster is None or is_deleting(cluster) or text_at(cluster, "metadata", "name") != name:
         raise RequestRefused(
-            "ClusterNotFound", f"there is no ManagedCluster {name}, or it is being deleted"
+            "ClusterNotFound",
+            f"metadata.labels[{CLUSTER_LABEL}]: there is no ManagedCluster {name}, or it is being deleted",
         )
     if value_at(cluster, "spec", "hubAcceptsClient") is not True:
         raise RequestRefused(
@@ -214,7 +213,8 @@ def _checked(
     if addon is None or is_deleting(addon) or text_at(addon, "metadata", "namespace") != name:
         raise RequestRefused(
             "AddonNotFound",
-            f"there is no ManagedClusterAddOn {ADDON_NAME} in namespace {name}, or it is being deleted",
+            f"there is no ManagedClusterAddOn {ADDON_NAME} in namespace {name}, or it is being deleted, or the hub's "
+            "add-on manager has not taken it yet",
         )
     _check_requester(request, name)
     signer = text_at(request, "spec", "signerName")

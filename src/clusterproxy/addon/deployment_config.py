@@ -171,6 +171,8 @@ def _resources(spec: Fields) -> tuple[tuple[str, Object], ...]:
 
 
 def _pattern(part: str) -> str:
+    # Of several stars in a row each would be tried with each: that takes for ever.
+    part = re.sub(r"\*+", "*", part)
     if part == "*":
         return ".+"
     return ".*".join(re.escape(piece) for piece in part.split("*"))

@@ -88,7 +88,7 @@ def _unchangeable(live: Object, rendered: Object) -> str:
     kind = rendered.get("kind")
     if kind == "Deployment" and not _holds(live, rendered, "spec", "selector"):
         return "spec.selector"
-    if kind == "RoleBinding" and not _holds(live, rendered, "roleRef"):
+    if kind in ("RoleBinding", "ClusterRoleBinding") and not _holds(live, rendered, "roleRef"):
         return "roleRef"
     if kind == "Secret":
         if "type" in rendered and rendered["type"] != (live.get("type") or "Opaque"):

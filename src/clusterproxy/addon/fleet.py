@@ -23,7 +23,11 @@ from clusterproxy.kube.resource import (
 )
 
 from .addon_api import versioned
-from .agent_permissions import ADDON_LABEL
+from .agent_permissions import ADDON_LABEL, CLUSTER_LABEL
+from .certificate_request import TOO_LARGE
+from .csr import cluster_of
+from .leaves import secret_data
+from .merge_patch import condition_at
 from .registration import ADDON_NAME, AGENT_SIGNER
 
 if TYPE_CHECKING:
@@ -40,6 +44,12 @@ BY_NAME: Final = f"metadata.name={ADDON_NAME}"
 BY_LABEL: Final = f"{ADDON_LABEL}={ADDON_NAME}"
 
 _PACKED: Final = "packed"
+_ISSUED: Final = "issued"
+
+# What is waited for, and from whom nothing is heard.
+_CONDITIONS: Final = ("ManagedClusterJoined", "ManagedClusterConditionAvailable")
+# Whoever may ask for certificates may ask for many: of an agent a request has 3 KiB.
+_LARGEST_REQUEST: Final = 32 * 1024
 
 
 class Fleet:
@@ -68,6 +78,8 @@ class Fleet:
         )
         self._works: dict[str, dict[str, Object]] = {}
         self.works.subscribe(self._note_work)
+        self._issued: dict[str, dict[str, bytes]] = {}
+        self.requests.subscribe(self._note_request)
 
     @property
     def reflectors(self) -> tuple[Reflector, ...]:
@@ -92,6 +104,10 @@ class Fleet:
     def works_of(self, cluster: str) -> list[Object]:
         """Return the works of a cluster that say that they are the add-on's."""
         return [_unpack(work) for work in self._works.get(cluster, {}).values()]
+
+    def issued(self, cluster: str) -> list[bytes]:
+        """Return the certificates for the tunnel that a cluster was given of late, as PEM."""
+        return list(self._issued.get(cluster, {}).values())
 
     def configs(self, keys: Iterable[ConfigKey]) -> dict[ConfigKey, Object]:
         """Return those of the configurations that there are."""
@@ -120,6 +136,24 @@ class Fleet:
         if not there:
             del self._works[namespace]
 
+    def _note_request(self, event: WatchEvent) -> None:
+        cluster = issued_to(event.object)
+        if not cluster:
+            return
+        name = text_at(event.object, "metadata", "name")
+        there = self._issued.setdefault(cluster, {})
+        if event.change is Change.DELETED:
+            there.pop(name, None)
+        else:
+            there[name] = event.object[_ISSUED]["certificate"]
+        if not there:
+            del self._issued[cluster]
+
+
+def issued_to(request: Object) -> str:
+    """Return the cluster that has been given a certificate for the tunnel by a request; empty if none was."""
+    return text_at(request, _ISSUED, "cluster")
+
 
 def lean(obj: Object) -> Object:
     """Return an object without what only the apiserver needs."""
@@ -130,11 +164,17 @@ def lean(obj: Object) -> Object:
 
 def _cluster(obj: Object) -> Object:
     """What the add-on goes by. The rest changes every few minutes."""
+    said = (condition_at(obj, kind) for kind in _CONDITIONS)
     metadata = map_at(obj, "metadata")
     kept = ("name", "uid", "labels", "annotations", "deletionTimestamp")
     return {
         "metadata": {key: metadata[key] for key in kept if key in metadata},
         "spec": {"hubAcceptsClient": value_at(obj, "spec", "hubAcceptsClient")},
+        "status": {
+            "conditions": [
+                {key: each.get(key) for key in ("type", "status")} for each in said if each
+            ]
+        },
     }
 
 
@@ -154,13 +194,28 @@ def _unpack(kept: Object) -> Object:
 
 
 def _request(request: Object) -> Object:
-    """Keep what may yet be approved or signed; of others, which the apiserver removes after an hour, the name."""
+    """Keep what may yet be approved or signed; of others, which the apiserver removes after an hour, what was issued."""
     conditions = {value_at(each, "type") for each in list_at(request, "status", "conditions")}
     done = (
         value_at(request, "status", "certificate") is not None
         or bool(conditions & {"Denied", "Failed"})
         or ("Approved" in conditions and text_at(request, "spec", "signerName") != AGENT_SIGNER)
     )
-    if not done:
-        return lean(request)
-    return {"metadata": {"name": text_at(request, "metadata", "name")}}
+    metadata = map_at(request, "metadata")
+    if done:
+        left: Object = {"metadata": {"name": metadata.get("name")}}
+        certificate = secret_data({"data": map_at(request, "status")}).get("certificate")
+        if certificate and text_at(request, "spec", "signerName") == AGENT_SIGNER:
+            left[_ISSUED] = {"cluster": cluster_of(request), "certificate": certificate}
+        return left
+    kept = lean(request)
+    if len(json.dumps(kept)) <= _LARGEST_REQUEST:
+        return kept
+    labels = {key: text_at(metadata, "labels", key) for key in (ADDON_LABEL, CLUSTER_LABEL)}
+    asked = ("signerName", "username", "groups")
+    spec = {key: value_at(request, "spec", key) for key in asked}
+    return {
+        **{key: request[key] for key in ("apiVersion", "kind") if key in request},
+        "metadata": {"name": metadata.get("name"), "uid": metadata.get("uid"), "labels": labels},
+        "spec": {**spec, "request": TOO_LARGE},
+    }

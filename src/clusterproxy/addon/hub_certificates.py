@@ -156,7 +156,7 @@ class HubCertificates:
         end = go_time(state.authority.certificate.not_valid_after_utc)
         sight = await self._signer.look()
         if sight is None or not await self._signer.advance(
-            sight, now, delivered=False, previous_unused=False
+            sight, now, delivered=False, agents=False
         ):
             raise Blocked(
                 SERVER_SIGNED,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 from typing import TYPE_CHECKING, Final
 
@@ -22,6 +21,7 @@ from clusterproxy.kube.resource import (
     SERVICES,
     Resource,
 )
+from clusterproxy.tunnel.agent_identity import SERVICE_PROXY_DOMAIN
 
 from .certificates import Leaf, Usage
 from .configuration import (
@@ -34,6 +34,8 @@ from .configuration import (
 )
 from .fields import Problem
 from .proxy_deployment import SELECTOR, SERVICE_ACCOUNT, proxy_deployment, server_account
+from .registration import AGENT_GROUP
+from .spec_hash import go_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,9 +48,7 @@ RENDERED_HASH: Final = f"{_PREFIX}rendered-hash"
 TLS_CONFIG_HASH: Final = f"{_PREFIX}tls-config-hash"
 
 PORT_FORWARD_ROLE: Final = "cluster-proxy-addon-agent:portforward"
-AGENT_GROUP: Final = "open-cluster-management:cluster-proxy"
 USER_SERVICE: Final = "cluster-proxy-addon-user"
-SERVICE_PROXY_DOMAIN: Final = "open-cluster-management.proxy"
 
 # The ports that clients and agents dial at the Services, wherever the servers listen.
 _CLIENTS_PORT: Final = 8090
@@ -149,8 +149,12 @@ def hub_objects(
         }
     }
     secret = {"data": {"ca.crt": base64.b64encode(ca_bundle).decode()}}
+    # Whoever may make pods there may run them under the manager's account.
     role = {
-        "rules": [{"apiGroups": [""], "resources": ["pods", "pods/portforward"], "verbs": ["*"]}]
+        "rules": [
+            {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]},
+            {"apiGroups": [""], "resources": ["pods/portforward"], "verbs": ["get", "create"]},
+        ]
     }
     binding = {
         "roleRef": {"apiGroup": _RBAC_GROUP, "kind": "Role", "name": PORT_FORWARD_ROLE},
@@ -234,7 +238,7 @@ def rendered_hash(resource: Resource, body: Object) -> str:
 
     Equal objects have equal hashes with both managers, so that neither need touch the other's.
     """
-    return hashlib.sha256(_go_json(_as_sent(resource, body)).encode()).hexdigest()
+    return hashlib.sha256(go_json(_as_sent(resource, body)).encode()).hexdigest()
 
 
 def tls_config_hash(min_version: str, cipher_suites: Sequence[str]) -> str:
@@ -299,11 +303,3 @@ def _is_qualified(key: str) -> bool:
         and len(name) <= 63
         and _QUALIFIED_NAME.fullmatch(name) is not None
     )
-
-
-def _go_json(value: object) -> str:
-    """Write JSON as Go does a map: sorted, without spaces, and fit to stand in HTML."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    for char in "<>&\u2028\u2029":
-        text = text.replace(char, f"\\u{ord(char):04x}")
-    return text

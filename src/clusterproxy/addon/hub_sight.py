@@ -8,6 +8,7 @@ import attrs
 
 from clusterproxy.kube.resource import SECRETS, SERVICES, map_at
 
+from .ca_rotation import Phase
 from .certificates import CertificateError, load_certificates
 from .configuration import (
     MAIN_CONFIGURATION,
@@ -38,6 +39,7 @@ class HubSight:
       configuration: None if there is none that can be used.
       problem: why there is none, empty if it is only that there is none.
       authority: what signs agents' certificates, None if there is none that can be used.
+      retiring: whether it has replaced another one that is trusted yet.
       authority_problem: why there is none and will be none by itself, empty otherwise.
       ca_bundle: what proxy servers' certificates are verified with, as PEM; empty if there is none.
       bundle_problem: why there is none.
@@ -47,6 +49,7 @@ class HubSight:
     configuration: ProxyConfiguration | None = None
     problem: str = ""
     authority: Authority | None = None
+    retiring: bool = False
     authority_problem: str = ""
     ca_bundle: bytes = b""
     bundle_problem: str = ""
@@ -62,15 +65,16 @@ async def look(api: KubeApi, signer: Signer, live: Object | None) -> HubSight:
     Raises:
       KubeError: what the apiserver says.
     """
-    authority, trouble = await _authority(signer)
+    authority, retiring, trouble = await _authority(signer)
     if live is None:
-        return HubSight(authority=authority, authority_problem=trouble)
+        return HubSight(authority=authority, retiring=retiring, authority_problem=trouble)
     try:
         configuration = parse_configuration(live, signer_secret=signer.name)
     except InvalidConfiguration as error:
         return HubSight(
             problem=f"ManagedProxyConfiguration {MAIN_CONFIGURATION}: {error}",
             authority=authority,
+            retiring=retiring,
             authority_problem=trouble,
         )
     if authority is None and configuration.signer_type is SignerType.PROVIDED and not trouble:
@@ -82,6 +86,7 @@ async def look(api: KubeApi, signer: Signer, live: Object | None) -> HubSight:
     return HubSight(
         configuration=configuration,
         authority=authority,
+        retiring=retiring,
         authority_problem=trouble,
         ca_bundle=bundle,
         bundle_problem=missing,
@@ -89,12 +94,14 @@ async def look(api: KubeApi, signer: Signer, live: Object | None) -> HubSight:
     )
 
 
-async def _authority(signer: Signer) -> tuple[Authority | None, str]:
+async def _authority(signer: Signer) -> tuple[Authority | None, bool, str]:
     try:
         sight = await signer.look()
     except SignerInvalid as error:
-        return None, str(error)
-    return (None if sight is None else sight.state.authority), ""
+        return None, False, str(error)
+    if sight is None:
+        return None, False, ""
+    return sight.state.authority, sight.state.phase is Phase.RETIRE, ""
 
 
 async def _bundle(api: KubeApi, namespace: str) -> tuple[bytes, str]:

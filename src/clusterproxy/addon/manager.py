@@ -17,12 +17,12 @@ from clusterproxy.kube.resource import (
     text_at,
     value_at,
 )
+from clusterproxy.kube.tls_profile_watch import ProfileWatch
 
 from .cluster_agents import ClusterAgents
 from .cluster_profiles import SELECTOR, ClusterProfileReconciler
 from .configuration import MAIN_CONFIGURATION, USER_SERVER_SECRET
 from .owned import OwnedObjects
-from .profile_watch import ProfileWatch
 from .program import Hub, Lease, run_on_hub
 from .reconciler import ConfigurationReconciler
 from .signer import Signer
@@ -77,13 +77,20 @@ class Manager:
             events=hub.events,
             metrics=hub.metrics,
             tls=lambda: (self._profiles.profile, self._profiles.problem),
+            agents=lambda state: self._agents.lacking(state),
             image_pull_policy=config.image_pull_policy,
         )
         self._controller: Controller[str] = Controller(
             "managedproxyconfiguration", self._reconciler.reconcile, metrics=hub.metrics
         )
 
-        self._agents = ClusterAgents(hub, config, signer, self._configurations)
+        self._agents = ClusterAgents(
+            hub,
+            config,
+            signer,
+            self._configurations,
+            lambda: self._controller.enqueue(MAIN_CONFIGURATION),
+        )
 
     def _changed(self, name: str) -> None:
         if name == MAIN_CONFIGURATION:

@@ -327,7 +327,9 @@ def _rank(obj: Object) -> tuple[int, _Key]:
 
 
 def _size(obj: Object) -> int:
-    return len(go_json(obj).encode())
+    # As near to what Go writes as it matters, in a tenth of the time: it is done for each object whenever a cluster is
+    # looked at.
+    return len(json.dumps(obj, separators=(",", ":")))
 
 
 def _compared(work: Object, live: Object | None = None) -> Object:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Final
 
 from clusterproxy.gotext import parse_duration
 from clusterproxy.kube.resource import list_at
+from clusterproxy.kube.tls_profile import TlsProfile
 
 from .configuration import PROXY_SERVER_CA_SECRET, Ports
-from .tls_profile import TlsProfile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,8 +86,12 @@ def proxy_deployment(
         "imagePullPolicy": image_pull_policy,
         "command": ["/proxy-server"],
         "args": args,
-        # How long a new server waits for its agents. Not a flag: the original's image would not know it.
-        "env": [{"name": "PROXY_SERVER_AGENT_ARRIVAL_TIMEOUT", "value": "20s"}],
+        # How long a new server waits for its agents, and that their certificates are held against what they claim. Not
+        # flags: the original's image would not know them. Additional arguments come before them.
+        "env": [
+            {"name": "PROXY_SERVER_AGENT_ARRIVAL_TIMEOUT", "value": "20s"},
+            {"name": "PROXY_SERVER_AGENT_IDENTITY", "value": "verify"},
+        ],
         "ports": _container_ports(configuration.ports, arguments),
         "securityContext": {
             "allowPrivilegeEscalation": False,

@@ -56,17 +56,18 @@ from .objects import PASSING, NameTaken, ensure, find, patiently
 from .proxy_deployment import SELECTOR, SERVICE_ACCOUNT, tls_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from clusterproxy.kube.api import KubeApi
     from clusterproxy.kube.events import EventRecorder
     from clusterproxy.kube.resource import Object, Resource
+    from clusterproxy.kube.tls_profile import TlsProfile
     from clusterproxy.telemetry.controller_metrics import ControllerMetrics
 
+    from .ca_rotation import State
     from .configuration import ProxyConfiguration
     from .owned import OwnedObjects
     from .signer import Signer
-    from .tls_profile import TlsProfile
 
 _log = logging.getLogger("clusterproxy.addon")
 
@@ -85,6 +86,7 @@ class ConfigurationReconciler:
     Args:
       tls: returns the TLS profile that is in force, None if that is not known, and what is wrong with the one that is
         configured, if anything.
+      agents: see :class:`~.ca_progress.CAProgress`.
       clock: returns the time.
     """
 
@@ -97,6 +99,7 @@ class ConfigurationReconciler:
         events: EventRecorder,
         metrics: ControllerMetrics,
         tls: Callable[[], tuple[TlsProfile | None, str]],
+        agents: Callable[[State], Mapping[str, str] | None],
         image_pull_policy: str,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
@@ -105,7 +108,7 @@ class ConfigurationReconciler:
         self._owned = owned
         self._events = events
         self._certificates = HubCertificates(api, signer, events, metrics)
-        self._progress = CAProgress(api, signer, events)
+        self._progress = CAProgress(api, signer, events, agents)
         self._tls = tls
         self._image_pull_policy = image_pull_policy
         self._clock = clock

@@ -24,7 +24,6 @@ from clusterproxy.kube.resource import (
     value_at,
 )
 
-from .hub_objects import AGENT_GROUP
 from .merge_patch import addon_conditions, status_patch
 
 if TYPE_CHECKING:
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from clusterproxy.kube.resource import Object
 
 ADDON_NAME: Final = "cluster-proxy"
+AGENT_GROUP: Final = "open-cluster-management:cluster-proxy"
 
 KUBE_CLIENT_SIGNER: Final = "kubernetes.io/kube-apiserver-client"
 AGENT_SIGNER: Final = "open-cluster-management.io/proxy-agent-signer"

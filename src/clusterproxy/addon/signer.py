@@ -101,20 +101,18 @@ class Signer:
         secret = await find(self._api, SECRETS, self.name, self.namespace)
         return None if secret is None else Sight(secret, self._read(secret))
 
-    async def advance(
-        self, sight: Sight, now: datetime, *, delivered: bool, previous_unused: bool
-    ) -> bool:
+    async def advance(self, sight: Sight, now: datetime, *, delivered: bool, agents: bool) -> bool:
         """Take the step of a rotation that is due; return whether one was.
 
         Args:
-          sight: what *delivered* and *previous_unused* are about.
+          sight: what *delivered* and *agents* are about.
           now: the time.
-          delivered, previous_unused: see :func:`~.ca_rotation.step`.
+          delivered, agents: see :func:`~.ca_rotation.step`.
 
         Raises:
           KubeError: what the apiserver says; :class:`Conflict` if the secret is another than that of *sight*.
         """
-        following = step(sight.state, now, delivered=delivered, previous_unused=previous_unused)
+        following = step(sight.state, now, delivered=delivered, agents=agents)
         if following is None:
             return False
         data, annotations = following.write()

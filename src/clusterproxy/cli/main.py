@@ -70,7 +70,8 @@ Instead of the environment, a config file ~/.config/clusterproxy/config.toml:
 def main() -> None:
     """Open Cluster Management's Cluster Proxy: services behind agents, reached through a server.
 
-    The programs are server, agent, addon-manager and controllers; the other commands are for people.
+    The programs are server, agent, addon-manager, controllers, addon-agent, user-server and service-proxy; the other commands are for
+    people.
     """
 
 
@@ -78,6 +79,13 @@ main.add_command(_GoCommand("server", "The proxy server, as proxy-server."))
 main.add_command(_GoCommand("agent", "The proxy agent, as proxy-agent."))
 main.add_command(_GoCommand("addon-manager", "The hub's manager of the add-on."))
 main.add_command(_GoCommand("controllers", "Keeps the service proxies' certificate."))
+main.add_command(_GoCommand("user-server", "HTTPS for users to all managed clusters."))
+main.add_command(
+    _GoCommand("service-proxy", "HTTPS to a managed cluster's apiserver and services.")
+)
+main.add_command(_GoCommand("addon-agent", "The managed cluster's add-on agent."))
+main.add_command(_GoCommand("test-client", "Requests through a proxy server, to test it."))
+main.add_command(_GoCommand("test-server", "Pages on localhost, for the test client."))
 
 
 @main.command()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from clusterproxy.errors import ConfigError
 from clusterproxy.gotext import quote
-from clusterproxy.server.config import ServerConfig, parse_strategies
+from clusterproxy.server.config import AGENT_IDENTITIES, ServerConfig, parse_strategies
 
 from .goflags import Flag, FlagSet, Parsed, flag_of
 from .govalues import BOOL, DURATION, FLOAT32, INT, STRING, STRINGS
@@ -23,13 +23,14 @@ _SUMMARY = (
     "server,\nand forwards them to the agents that have dialled it."
 )
 
-# A Deployment can say this also where the image may be Go's, which would not know the flag.
+# A Deployment can say these also where the image may be Go's, which would not know the flags.
 _ARRIVAL_TIMEOUT = "PROXY_SERVER_AGENT_ARRIVAL_TIMEOUT"
+_AGENT_IDENTITY = "PROXY_SERVER_AGENT_IDENTITY"
 
 _flag = partial(flag_of, ServerConfig)
 
 
-def _flags(server_id: str, arrival_timeout_s: float) -> Iterator[Flag]:
+def _flags(server_id: str, arrival_timeout_s: float, agent_identity: str) -> Iterator[Flag]:
     yield _flag("server-cert", STRING, "Certificate file for client connections.")
     yield _flag("server-key", STRING, "Key file for client connections.")
     yield _flag("server-ca-cert", STRING, "File of the CAs that clients' certificates come from.")
@@ -112,6 +113,13 @@ def _flags(server_id: str, arrival_timeout_s: float) -> Iterator[Flag]:
         f"Without it, the environment's {_ARRIVAL_TIMEOUT}.",
         default=arrival_timeout_s,
     )
+    yield _flag(
+        "agent-identity",
+        STRING,
+        "Whether agents may claim only what is of the cluster that their certificates name: 'off'; 'verify', where they "
+        f"name one; or 'require', so that all must. Without it, the environment's {_AGENT_IDENTITY}.",
+        default=agent_identity,
+    )
     yield Flag(
         name="warn-on-channel-limit",
         kind=BOOL,
@@ -167,19 +175,27 @@ def _flags(server_id: str, arrival_timeout_s: float) -> Iterator[Flag]:
     yield from LOG_FLAGS
 
 
-def server_flags(server_id: str = "", arrival_timeout_s: float = 0.0) -> FlagSet:
+def server_flags(
+    server_id: str = "", arrival_timeout_s: float = 0.0, agent_identity: str = "off"
+) -> FlagSet:
     """The flags of the proxy server; the arguments are defaults that the environment names."""
-    return FlagSet("proxy-server", _SUMMARY, _flags(server_id, arrival_timeout_s))
+    return FlagSet("proxy-server", _SUMMARY, _flags(server_id, arrival_timeout_s, agent_identity))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the proxy server with the flags in *argv* (``sys.argv``) and return its exit status."""
     arrival_timeout_s, problem = _arrival_timeout()
-    flags = server_flags(os.environ.get("PROXY_SERVER_ID", ""), arrival_timeout_s)
+    agent_identity = os.environ.get(_AGENT_IDENTITY, "") or "off"
+    flags = server_flags(os.environ.get("PROXY_SERVER_ID", ""), arrival_timeout_s, agent_identity)
 
     def build(parsed: Parsed) -> ServerConfig:
         if problem is not None and "agent-arrival-timeout" not in parsed.given:
             raise problem
+        if agent_identity not in AGENT_IDENTITIES and "agent-identity" not in parsed.given:
+            text = (
+                f"the environment's {_AGENT_IDENTITY} must be one of {', '.join(AGENT_IDENTITIES)}"
+            )
+            raise ConfigError("agent-identity", f"{text}, not {quote(agent_identity)}")
         values = parsed.fields(flags)
         values["proxy_strategies"] = parse_strategies(values["proxy_strategies"])
         if not values["server_id"]:

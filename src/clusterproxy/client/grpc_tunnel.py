@@ -181,6 +181,15 @@ class GrpcTunnel(Tunnel):
                 if connection.streams or connection.keepalive is not None:
                     connection.check_alive(now, interval, TIMEOUT_S)
 
+    def renew(self) -> None:
+        """Let the next dial make a connection of its own; streams that are open go on.
+
+        It is with the certificates as they are now, and may reach another server of the same name.
+        """
+        current, self._current = self._current, None
+        if current is not None:
+            current.announce_end()
+
     # -- dials -------------------------------------------------------------------------------------
 
     async def _dial(self, address: str) -> TunnelStream:

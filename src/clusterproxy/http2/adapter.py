@@ -18,10 +18,13 @@ from h2.exceptions import DenialOfServiceError, H2Error, TooManyStreamsError
 from h2.exceptions import ProtocolError as H2ProtocolError
 from h2.settings import SettingCodes, Settings
 from h2.stream import H2Stream
+from hpack import Encoder
 from hpack.exceptions import HPACKError
 from hyperframe.frame import GoAwayFrame
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from h2.events import Event
     from hyperframe.frame import Frame
 
@@ -31,6 +34,9 @@ Header = tuple[bytes, bytes]
 
 # RFC 9113 §6.9.1
 _LARGEST_WINDOW: Final = 2**31 - 1
+
+# What is worth the time that Huffman coding takes.
+_SHORT_FIELD: Final = 256
 
 # The beginning of such a frame, RFC 9113 §6.9, and what follows it: the stream and the increment.
 _WINDOW_UPDATE: Final = b"\x00\x00\x04\x08\x00"
@@ -53,6 +59,17 @@ class _Values(list[int]):
 
     def popleft(self) -> int:
         return self.pop(0)
+
+
+class _Encoder(Encoder):
+    """Huffman coding for short fields only."""
+
+    # For a value of 30,000 bytes it takes hpack 90 ms, and the time grows with the square of that: a service with a
+    # long header would stop the whole process.
+    def encode(self, headers: Iterable[Header], huffman: bool = True) -> bytes:  # type: ignore[override]  # pyright: ignore
+        headers = list(headers)
+        short = all(len(name) + len(value) <= _SHORT_FIELD for name, value in headers)
+        return super().encode(headers, huffman=huffman and short)
 
 
 def _slim(settings: Settings) -> None:
@@ -106,6 +123,7 @@ class Adapter(H2Connection):
         self.max_inbound_frame_size = max_frame_size
         self.decoder.max_header_list_size = max_header_list
         self._max_streams = max_streams
+        self.encoder = _Encoder()
         for settings in (self.local_settings, self.remote_settings):
             _slim(settings)
 

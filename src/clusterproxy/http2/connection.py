@@ -132,6 +132,17 @@ class Http2Connection:
             return ""
         return "" if isinstance(name, (str, bytes)) else str(name[0])
 
+    @property
+    def peer_certificate(self) -> dict[str, Any]:
+        """What the peer's certificate says, as :meth:`ssl.SSLSocket.getpeercert`; empty if it has shown none.
+
+        Raises:
+          ValueError: it cannot be read, or the connection is gone.
+        """
+        if self._transport.secure and self._transport.tls is None:
+            raise ValueError("the connection is gone")
+        return (self._transport.tls and self._transport.tls.getpeercert()) or {}
+
     # -- life --------------------------------------------------------------------------------------
 
     async def run(self) -> None:

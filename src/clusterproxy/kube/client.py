@@ -26,7 +26,7 @@ from .body import TRANSPORT_ERRORS, WatchEvents, read_answer, unavailable
 from .exchange import CONNECT_TIMEOUT_S, Exchange, in_thread
 from .request import Request, check_namespace, complete, own_path, path_of
 from .resource import text_at, value_at
-from .session import POOL_SIZE, Session, Sessions
+from .session import POOL_SIZE, Session, Sessions, Target
 from .throttle import Throttle
 
 if TYPE_CHECKING:
@@ -296,6 +296,21 @@ class KubeClient:
             )
         )
 
+    async def target(self, refused: Target | None = None) -> Target:
+        """Return how to connect to the apiserver, for streams that are no requests; anew after it has *refused* one.
+
+        Raises:
+          KubeUnavailable: credentials cannot be read.
+        """
+        if refused is not None:
+            await self._renew("streams", self._sessions.current())
+        try:
+            return await trio.to_thread.run_sync(
+                self._sessions.current().target, self._user_agent, limiter=self._limiter
+            )
+        except ValueError as error:
+            raise KubeUnavailable(str(error)) from error
+
     async def _object(self, request: Request) -> Object:
         exchange = Exchange()
         answer = await self._answer(request, partial(self._ask, exchange, request), exchange)
@@ -318,7 +333,7 @@ class KubeClient:
                 return found
             if found.status == 401 and not renewed:
                 renewed = True
-                await self._renew(request, session)
+                await self._renew(request.call, session)
             elif (
                 found.status in (429, 503)
                 and found.retry_after is not None
@@ -346,11 +361,11 @@ class KubeClient:
             raise found
         return found
 
-    async def _renew(self, request: Request, session: Session) -> None:
+    async def _renew(self, call: str, session: Session) -> None:
         try:
             await trio.to_thread.run_sync(self._sessions.renew, session, limiter=self._limiter)
         except ConfigError as error:
-            raise KubeUnavailable(f"{request.call}: {error.message}") from error
+            raise KubeUnavailable(f"{call}: {error.message}") from error
 
     # What follows runs in threads.
 

@@ -45,6 +45,30 @@ _IDLE: Final = 64
 
 
 @attrs.frozen(eq=False)
+class Target:
+    """What is needed to connect to an apiserver without the pool, for streams that are none of HTTP.
+
+    Attributes:
+      path: in front of those of the API, mostly empty.
+      context: None for plain HTTP.
+      server_name: in the apiserver's certificate.
+      authorization: the value of the header, None for none.
+      proxy: host and port of an HTTP proxy, None for none; *proxy_headers* are for it.
+      user_agent: what to call oneself.
+    """
+
+    host: str
+    port: int
+    path: str
+    context: ssl.SSLContext | None
+    server_name: str
+    authorization: str | None = attrs.field(repr=False)
+    proxy: tuple[str, int] | None
+    proxy_headers: dict[str, str] = attrs.field(repr=False)
+    user_agent: str
+
+
+@attrs.frozen(eq=False)
 class Session:
     """What requests are made with, until credentials have to be read anew."""
 
@@ -65,6 +89,33 @@ class Session:
         value = settings and settings["value"]
         # Files end in a newline, which a header must not have.
         return str(value).strip() if value else None
+
+    def target(self, user_agent: str) -> Target:
+        """Return how to connect without the pool. Reads files, as :meth:`authorization` does.
+
+        Raises:
+          ValueError: credentials or certificates cannot be read, or the proxy is one that speaks TLS itself.
+        """
+        parts = urlsplit(self.host)
+        secure = parts.scheme == "https"
+        proxy = self.pool.proxy if isinstance(self.pool, urllib3.ProxyManager) else None
+        if proxy is not None and proxy.scheme != "http":
+            raise ValueError(f"streams through a proxy with TLS are not supported: {proxy}")
+        try:
+            context = _context(self._configuration) if secure else None
+        except OSError as error:
+            raise ValueError(f"certificates of the kubeconfig: {error}") from error
+        return Target(
+            host=parts.hostname or "",
+            port=parts.port or (443 if secure else 80),
+            path=parts.path,
+            context=context,
+            server_name=self._configuration.tls_server_name or parts.hostname or "",
+            authorization=self.authorization(),
+            proxy=None if proxy is None else (str(proxy.host), proxy.port or 80),
+            proxy_headers=dict(getattr(self.pool, "proxy_headers", None) or {}),
+            user_agent=user_agent,
+        )
 
 
 class Sessions:
@@ -139,18 +190,27 @@ def _load(kubeconfig: str, configuration: Configuration) -> urllib3.PoolManager:
     if configuration.proxy and not configuration.proxy.startswith(("http://", "https://")):
         raise ConfigError("kubeconfig", f"not an HTTP proxy: {configuration.proxy}")
     if parts.scheme == "https":
-        _check_certificates(configuration)
+        # As each connection will do, to be told now what is wrong.
+        _context(configuration)
     configuration.connection_pool_maxsize = _IDLE
     return RESTClientObject(configuration).pool_manager
 
 
-def _check_certificates(configuration: Configuration) -> None:
-    """Load them as each connection will do, to be told now what is wrong."""
+def _context(configuration: Configuration) -> ssl.SSLContext:
+    """Return the context of one connection, from the files as they are now; raises OSError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    # As :class:`clusterproxy.kube.exchange._TlsConnection`.
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     if configuration.ssl_ca_cert:
         context.load_verify_locations(configuration.ssl_ca_cert)
+    else:
+        context.load_default_certs()
+    if not configuration.verify_ssl:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
     if configuration.cert_file:
         context.load_cert_chain(configuration.cert_file, configuration.key_file)
+    return context
 
 
 def _proxy_of_environment(scheme: str, host: str) -> str | None:

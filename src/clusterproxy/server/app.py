@@ -25,6 +25,7 @@ from clusterproxy.transport.stream import Transport, tune
 from clusterproxy.transport.tls import server_context
 from clusterproxy.tunnel.budget import Budget
 
+from .agent_identity import identified_opener
 from .backend import backend_opener
 from .backends import BackendPool
 from .connect import ConnectTunnel
@@ -100,7 +101,7 @@ class ProxyServer:
             assert api is not None  # noqa: S101
             self.lease = ServerLease(api, config, self.metrics)
         self.agents = RpcServer(
-            {_CONNECT: open_backend},
+            {_CONNECT: identified_opener(self.state, open_backend)},
             limits=attrs.evolve(limits, max_streams=_AGENT_STREAMS, window=_AGENT_WINDOW),
             on_limit=self._count_limit,
             peers="an agent",

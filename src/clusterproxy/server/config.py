@@ -15,6 +15,7 @@ from clusterproxy.transport.tls import GO_CIPHER_SUITES
 _logger = logging.getLogger("clusterproxy.server.config")
 
 STRATEGIES: Final = ("default", "destHost", "defaultRoute")
+AGENT_IDENTITIES: Final = ("off", "verify", "require")
 _TLS_VERSIONS: Final = ("VersionTLS10", "VersionTLS11", "VersionTLS12", "VersionTLS13")
 _TLS_BELOW_12: Final = ("VersionTLS10", "VersionTLS11")
 # The registered ports: those below need rights, those above are handed out to clients.
@@ -75,6 +76,8 @@ class ServerConfig:
     """How long a dial may wait for the agent's answer; 0 is no limit."""
     agent_arrival_timeout_s: float = 0.0
     """How long after the start a dial waits for an agent that is not there yet."""
+    agent_identity: str = "off"
+    """What agents' certificates say of their clusters: not looked at, held against what they claim, or required."""
 
     max_handshakes: int = 512
     max_concurrent_streams: int = 10_000
@@ -145,6 +148,7 @@ class ServerConfig:
         ):
             if seconds < 0:
                 raise ConfigError(name, f"{name} must be >= 0, got {format_seconds(seconds)}")
+        self._check_agent_identity()
         self._check_limits()
 
     def _check_pair(self, side: str) -> None:
@@ -256,6 +260,25 @@ class ServerConfig:
                     "cipher-suites",
                     f"cipher suite {suite} not supported, doesn't exist or considered as insecure",
                 )
+
+    def _check_agent_identity(self) -> None:
+        mode = self.agent_identity
+        if mode not in AGENT_IDENTITIES:
+            raise ConfigError(
+                "agent-identity",
+                f"agent-identity must be one of {', '.join(AGENT_IDENTITIES)}, not {quote(mode)}",
+            )
+        if mode == "require" and not self.cluster_ca_cert:
+            # No certificate is asked for then, so not one agent could come.
+            raise ConfigError(
+                "agent-identity", "--agent-identity=require needs --cluster-ca-cert, and no tokens"
+            )
+        if mode != "off" and "default" in self.proxy_strategies:
+            _logger.warning(
+                "--agent-identity=%s keeps no agent from the dials of other clusters while "
+                "--proxy-strategies has 'default', which gives any dial to any agent: use destHost",
+                mode,
+            )
 
     def _check_limits(self) -> None:
         for name, value in (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any, Final, Never
 
 import trio
@@ -10,10 +9,12 @@ import trio
 from clusterproxy.errors import KubeError, RPCError
 from clusterproxy.gotext import quote
 from clusterproxy.grpc import Status
-from clusterproxy.kube.resource import TOKEN_REVIEWS, Object, text_at, value_at
+from clusterproxy.kube import token_reviews as reviews
+from clusterproxy.kube.resource import Object, text_at, value_at
+from clusterproxy.kube.review_queue import source_of
 
 from .backend import Backend, agent_id, identifiers
-from .review_queue import ReviewQueue, source_of
+from .refusals import Refusals
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection
@@ -26,11 +27,7 @@ if TYPE_CHECKING:
     from .config import ServerConfig
     from .state import ServerState
 
-_log = logging.getLogger("clusterproxy.server")
-
 _SCHEME: Final = "Bearer "
-
-_REVIEW_S: Final = 10.0
 
 # How long a connection may have no accepted stream: more than a wait and a review take.
 _STRANGER_S: Final = 25.0
@@ -40,14 +37,6 @@ _LOOK_S: Final = 1.0
 
 # Longer ones are cut: they go into a header, and into logs.
 _MAX_REASON: Final = 1024
-_MAX_AGENT_ID: Final = 256
-
-# A warning for each source in so many seconds, and for so many sources.
-_QUIET_S: Final = 5.0
-_LOUD: Final = 100
-
-# Less would garble the text, and is no token.
-_SHORTEST_SECRET: Final = 16
 
 
 class _Rejected(Exception):
@@ -61,9 +50,10 @@ class TokenReviews:
     """
 
     def __init__(self, api: KubeApi, config: ServerConfig) -> None:
-        self._api = api
         self._config = config
-        self._queue = ReviewQueue()
+        self._reviews = reviews.TokenReviews(
+            api, audiences=(config.authentication_audience,), who="agents"
+        )
 
     async def check(self, token: str, source: str) -> None:
         """Return if the token is that of the agents' service account.
@@ -78,39 +68,13 @@ class TokenReviews:
         """
         try:
             try:
-                self._judge(await self._review(token, source))
+                self._judge(await self._reviews.review(token, source))
             except KubeError as error:
                 raise _Rejected(f"Failed to authenticate request. err:{error}") from error
-            except trio.TooSlowError as error:
-                text = "Failed to authenticate request. err:context deadline exceeded"
-                raise _Rejected(text) from error
         except _Rejected as error:
-            # What an authenticator of the cluster says of a token might repeat it.
-            reason = str(error)
-            if len(token) >= _SHORTEST_SECRET:
-                reason = reason.replace(token, "[token]")
+            reason = reviews.without_token(str(error), token)
             text = f"Failed to validate authentication token, err:{reason[:_MAX_REASON]}"
             raise RPCError(Status.UNKNOWN, text) from None
-
-    async def _review(self, token: str, source: str) -> Object:
-        if not await self._queue.enter(source):
-            raise _Rejected("Failed to authenticate request. err:too many agents wait for reviews")
-        try:
-            with trio.fail_after(_REVIEW_S):
-                return await self._api.create(
-                    TOKEN_REVIEWS,
-                    {
-                        "apiVersion": TOKEN_REVIEWS.api_version,
-                        "kind": TOKEN_REVIEWS.kind,
-                        "metadata": {},
-                        "spec": {
-                            "token": token,
-                            "audiences": [self._config.authentication_audience],
-                        },
-                    },
-                )
-        finally:
-            self._queue.leave()
 
     def _judge(self, review: Object) -> None:
         config = self._config
@@ -148,7 +112,7 @@ def authenticated_opener(
     Until that is known the agent is told nothing, and may send nothing: it waits for the server's headers.
     """
 
-    refusals = _Refusals()
+    refusals = Refusals(state.metrics)
     # Connections with a stream that waits for its review. One each: agents need no more.
     waiting: set[Http2Connection] = set()
 
@@ -163,7 +127,7 @@ def authenticated_opener(
             if connection in waiting:
                 raise RPCError(Status.UNKNOWN, "another stream here waits for its token's review")  # noqa: TRY301
         except RPCError as error:
-            refusals.note(source, agent, error)
+            refusals.note("token", source, agent, error)
             raise
         waiting.add(connection)
         call.on_half_close = call.finish
@@ -172,7 +136,7 @@ def authenticated_opener(
             try:
                 await reviews.check(token, source)
             except RPCError as error:
-                refusals.note(source, agent, error)
+                refusals.note("token", source, agent, error)
                 raise
             finally:
                 waiting.discard(connection)
@@ -199,31 +163,6 @@ async def end_strangers(connections: Collection[Http2Connection], pool: BackendP
         for connection, begun in since.items():
             if now - begun >= _STRANGER_S:
                 connection.fail("no agent was accepted")
-
-
-class _Refusals:
-    """Notes which agents are refused, in no more warnings than somebody can read: anybody can cause one."""
-
-    def __init__(self) -> None:
-        # When there was a warning about a source, the oldest first.
-        self._warned: dict[str, float] = {}
-        self._left_out = 0
-
-    def note(self, source: str, agent: str, error: RPCError) -> None:
-        now = trio.current_time()
-        warned = self._warned
-        while warned and now - next(iter(warned.values())) >= _QUIET_S:
-            del warned[next(iter(warned))]
-        text = error.message[:_MAX_REASON]
-        fields = {"agent_id": agent[:_MAX_AGENT_ID]}
-        if source in warned or len(warned) >= _LOUD:
-            self._left_out += 1
-            _log.debug("agent refused: %s", text, extra=fields)
-            return
-        warned[source] = now
-        more = f" (and {self._left_out} more)" if self._left_out else ""
-        self._left_out = 0
-        _log.warning("agent refused: %s%s", text, more, extra=fields)
 
 
 def _token(call: ServerCall) -> str:

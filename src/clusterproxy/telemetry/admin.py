@@ -14,6 +14,7 @@ from urllib.parse import quote
 from clusterproxy.http1 import Request, Response
 from clusterproxy.telemetry.exposition import render
 from clusterproxy.telemetry.profiling import PROFILING_ROUTES
+from clusterproxy.telemetry.reloads import RELOADS_CERTIFICATES, RELOADS_HEADER
 
 if TYPE_CHECKING:
     from clusterproxy.telemetry.agent_metrics import AgentMetrics
@@ -58,13 +59,13 @@ def agent_health_handler(metrics: AgentMetrics, connected: Callable[[], bool]) -
     """Return the agent's health port: liveness, metrics, and readiness, which is whether a server is *connected*."""
 
     def readiness(request: Request) -> Response:
+        status, text = 200, "ok"
         if not connected():
-            return Response.text(
-                "[+]ping ok\n[-]server-connected failed: no servers connected\n", 503
-            )
-        if "verbose" in request.query:
-            return Response.text("[+]ping ok\n[+]server-connected ok\ncheck passed\n")
-        return Response.text("ok")
+            status = 503
+            text = "[+]ping ok\n[-]server-connected failed: no servers connected\n"
+        elif "verbose" in request.query:
+            text = "[+]ping ok\n[+]server-connected ok\ncheck passed\n"
+        return Response(status, text.encode(), headers={RELOADS_HEADER: RELOADS_CERTIFICATES})
 
     return _router(
         {
@@ -93,6 +94,28 @@ def agent_admin_handler(*, health_port: int, enable_profiling: bool) -> Route:
 def probe_handler() -> Route:
     """Return the health port of a controller: it is alive and ready once it answers (controller-runtime's ping)."""
     return _router({"/healthz": _ok, "/readyz": _ok})
+
+
+def http_proxy_health_handler(
+    metrics: Metrics, problem: Callable[[], str], draining: Callable[[], bool]
+) -> Route:
+    """Return the health port of an HTTP proxy (upstream: pkg/utils/http_server.go, NewHealthProbeServer), and metrics.
+
+    *problem* says what is wrong with its certificates, *draining* whether it is ending.
+    """
+
+    def healthz(_request: Request) -> Response:
+        text = problem()
+        if not text:
+            return Response.text("ok")
+        return Response.text(
+            f"[+]healthz-ping ok\n[-]certificates failed: {text}\nhealthz check failed\n", 500
+        )
+
+    def readyz(_request: Request) -> Response:
+        return Response.text("draining\n", 503) if draining() else Response.text("ok")
+
+    return _router({"/healthz": healthz, "/readyz": readyz, "/metrics": _metrics_route(metrics)})
 
 
 def metrics_handler(metrics: Metrics) -> Route:

@@ -82,7 +82,7 @@ class ProgramMetrics(Metrics):
         )
         self.certificate_reload_total = self._own_counter(
             "certificate_reload_total",
-            "Reloads of changed certificate, key and CA files, by result (success, failure).",
+            "Reloads of changed certificate, key and CA files, by result (ok, error).",
             ("result",),
         )
         self.certificate_expiry_seconds = self._own_gauge(

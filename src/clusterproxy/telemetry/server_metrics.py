@@ -98,6 +98,9 @@ class ServerMetrics(ProgramMetrics):
             "Labeled by HTTP status code and reason.",
             ("http_status_code", "reason"),
         )
+        self.rejected_agents_total = self._own_counter(
+            "rejected_agents_total", "Agents' streams that were refused, by reason.", ("reason",)
+        )
         for always_present in (
             self.http_connections,
             self.ready_backend_connections,

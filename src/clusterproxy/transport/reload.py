@@ -63,13 +63,18 @@ class ReloadingContext:
         self._on_reload = on_reload
         self._failure = ""
         # Taken before the files are read: what changes meanwhile is seen the next time.
-        self._loaded = self._stamps()
+        self._loaded: tuple[_Stamp, ...] = self._stamps()
         self._context = factory()
         self._not_after = self._read_expiry()
 
     def current(self) -> ssl.SSLContext:
         """Return the newest context that could be loaded."""
         return self._context
+
+    @property
+    def failure(self) -> str:
+        """What is wrong with the files as they are now, so that older ones are in use; empty if nothing."""
+        return self._failure
 
     def not_after(self) -> float | None:
         """Return when the certificate in use ends, in seconds since 1970; None if that is unknown."""
@@ -94,6 +99,16 @@ class ReloadingContext:
         if stamps == self._loaded:
             self._failure = ""
             return
+        self._load(stamps)
+
+    def reload(self) -> None:
+        """Make the context afresh because something beside the files changed, such as the TLS profile."""
+        stamps = self._stamps()
+        # If that fails every check tries again, though the files are as they were.
+        self._loaded = ()
+        self._load(stamps)
+
+    def _load(self, stamps: tuple[_Stamp, ...]) -> None:
         try:
             context = self._factory()
         except ConfigError as error:

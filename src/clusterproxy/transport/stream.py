@@ -259,8 +259,8 @@ class Transport:
         self._more = False
         return self._plain[: self._decrypt(0)]
 
-    async def receive(self) -> memoryview:
-        """Return what has arrived, empty at the end of the stream.
+    async def receive(self, most: int = READ_SIZE) -> memoryview:
+        """Return what has arrived, empty at the end of the stream, about *most* bytes of it.
 
         The result is valid until the caller's next checkpoint. Returns without a checkpoint if the
         kernel has data, but not twice in a row.
@@ -270,13 +270,13 @@ class Transport:
           trio.ClosedResourceError: closed by another task meanwhile.
         """
         if self.tls is None:
-            places = self._plain[: self._pace.read_size]
+            places = self._plain[: min(most, self._pace.read_size)]
             received = await self._receive(self.sock.recv_into, places)
             return self._plain[:received]
         while not self._eof:
             received = 0
             if not self._more:
-                places = self._cipher[: self._pace.read_size]
+                places = self._cipher[: min(most, self._pace.read_size)]
                 received = await self._receive(self.sock.recv_into, places)
                 self._eof = not received
             self._more = False

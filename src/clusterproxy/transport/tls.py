@@ -81,11 +81,11 @@ def server_context(
 
 
 def client_context(
-    *, ca: str | None, cert: str | None, key: str | None, alpn: Sequence[str]
+    *, ca: str | bytes | None, cert: str | None, key: str | None, alpn: Sequence[str]
 ) -> ssl.SSLContext:
     """Return the context of a client that trusts *ca* alone, with a certificate of its own or none.
 
-    Without *ca* it trusts whom the system trusts.
+    *ca* is a file, or certificates in DER form one behind the other. Without it the context trusts whom the system trusts.
 
     Raises:
         ConfigError: a file cannot be used; the message names it.
@@ -98,6 +98,8 @@ def client_context(
     context.hostname_checks_common_name = False
     if ca is None:
         context.load_default_certs()
+    elif isinstance(ca, bytes):
+        context.load_verify_locations(cadata=ca)
     else:
         _load_ca(context, ca)
     if cert or key:

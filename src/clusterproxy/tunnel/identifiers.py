@@ -19,10 +19,12 @@ class Identifiers:
     Attributes:
       hosts: its ipv4, ipv6 and host identifiers, exactly as given, in that order.
       default_route: whether it takes what nobody else claims.
+      others: its ipv4, ipv6 and cidr identifiers, as ``key=value``. What is in a CIDR is never looked for, as upstream.
     """
 
     hosts: tuple[str, ...] = ()
     default_route: bool = False
+    others: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> Identifiers:
@@ -39,6 +41,11 @@ class Identifiers:
                 )
             ),
             default_route=next(iter(values.get("default-route", ())), "") in _TRUE,
+            others=tuple(
+                f"{key}={value}"
+                for key in ("ipv4", "ipv6", "cidr")
+                for value in values.get(key, ())
+            ),
         )
 
 

@@ -11,11 +11,12 @@ import attrs
 
 from clusterproxy.errors import ConfigError
 from clusterproxy.gotext import quote
-from clusterproxy.kube.resource import map_at, text_at
 from clusterproxy.transport.tls import GO_CIPHER_SUITES
 
+from .resource import map_at, text_at
+
 if TYPE_CHECKING:
-    from clusterproxy.kube.resource import Object
+    from .resource import Object
 
 #: The name of the ConfigMap.
 CONFIG_MAP: Final = "ocm-tls-profile"

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from clusterproxy.addon.tls_profile import TlsProfile, parse_tls_profile
 from clusterproxy.errors import ConfigError
+from clusterproxy.kube.tls_profile import TlsProfile, parse_tls_profile
 from clusterproxy.transport.tls import GO_CIPHER_SUITES
 
 GOOD = "TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256"

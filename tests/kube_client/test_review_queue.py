@@ -10,8 +10,8 @@ import pytest
 import trio
 from harness import settle
 
-from clusterproxy.server import review_queue
-from clusterproxy.server.review_queue import ReviewQueue, source_of
+from clusterproxy.kube import review_queue
+from clusterproxy.kube.review_queue import ReviewQueue, source_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator

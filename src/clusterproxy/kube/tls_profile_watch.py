@@ -1,4 +1,4 @@
-"""Follows the TLS profile while the manager runs."""
+"""Follows the TLS profile while a program runs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Final, Never
 import trio
 
 from clusterproxy.errors import ConfigError
-from clusterproxy.kube.api import Change
-from clusterproxy.kube.reflector import Reflector
-from clusterproxy.kube.resource import CONFIG_MAPS
 
+from .api import Change
+from .reflector import Reflector
+from .resource import CONFIG_MAPS
 from .tls_profile import CONFIG_MAP, TlsProfile, parse_tls_profile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from clusterproxy.kube.api import KubeApi, WatchEvent
+    from .api import KubeApi, WatchEvent
 
-_log = logging.getLogger("clusterproxy.addon")
+_log = logging.getLogger("clusterproxy.kube")
 
 # Servers should not be started with one profile and restarted with another.
 _PATIENCE_S: Final = 5.0
@@ -44,6 +44,20 @@ class ProfileWatch:
         self._changed = changed
         self.profile: TlsProfile | None = None
         self.problem = ""
+
+    async def start(self, nursery: trio.Nursery) -> None:
+        """Follow it in a nursery, for a listener that is to be opened with it; return when it is known.
+
+        If it cannot be read that is told in the log, and :attr:`profile` is None for now.
+
+        Raises:
+          ConfigError: it has a mistake. A listener that demands less than somebody wanted is worse than none.
+        """
+        await nursery.start(self.run)
+        if self.profile is None:
+            if self._reflector.synced.is_set():
+                raise ConfigError("tls-profile", self.problem)
+            _log.warning("TLS profile: the defaults hold until it can be read: %s", self.problem)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> Never:
         """Follow it until cancelled; started when it is known, or it takes too long to find out."""
