@@ -2,7 +2,7 @@
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo setup test test-fast kube-servers coverage conformance check bench docs chart image lock clean
+.PHONY: help demo setup test test-fast kube-servers coverage conformance check bench docs chart image test-image e2e lock clean
 
 PYTHON ?= python3
 GO ?= go
@@ -32,14 +32,15 @@ setup: $(READY) ## the virtual environment, which all other targets make as need
 test: $(READY) go-is-here kube-servers $(DEMO_CLIENT) coverage conformance ## all tests with coverage, and the conformance matrix against Go (needs Go and etcd)
 
 test-fast: $(READY) ## the tests that start no programs (no Go, under 90 s)
-	$(BIN)/python -m pytest -q -m 'not programs and not kube and not image' --hypothesis-profile=fast $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m 'not programs and not kube and not image and not e2e' --hypothesis-profile=fast $(PYTEST_ARGS)
 
 kube-servers: $(READY) go-is-here ## the Kubernetes, OCM and Prometheus of the tests, built once (10 to 20 minutes) and kept in the user's cache folder
 	@PYTHONPATH=tests $(BIN)/python -m kube.build
 
 coverage: $(READY)
 	@$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
+	$(BIN)/coverage run -m pytest -n auto --dist loadfile -m 'not programs and not kube and not image and not e2e' $(PYTEST_ARGS)
+	$(BIN)/coverage run -m pytest -m '(programs or kube) and not image and not e2e' $(PYTEST_ARGS)
 	@$(BIN)/coverage combine -q
 	$(BIN)/coverage report --fail-under=90
 	$(BIN)/coverage report --fail-under=100 --include='$(SANS_IO)'
@@ -64,6 +65,9 @@ docs: $(READY) ## write docs/api.md and the pinned public surface anew
 chart: $(READY) go-is-here ## pack the Helm charts into dist/charts, with their index
 	@rm -rf dist/charts && mkdir -p dist/charts
 	PYTHONPATH=tests $(BIN)/python -m helm_programs dist/charts
+
+test-image: $(READY) go-is-here ## the tests of the container image (root, buildah, podman, runc, debootstrap; 2 minutes, the first time 5)
+	$(BIN)/python -m pytest -m image $(PYTEST_ARGS)
 
 image: $(READY) go-is-here ## build the container image, by buildah, podman or docker (IMAGE=NAME:TAG, IMAGE_ARCHES="amd64 arm64")
 	@IMAGE_ARCHES="$(IMAGE_ARCHES)" deploy/image/build.sh "$(IMAGE)" $(IMAGE_ARGS)
