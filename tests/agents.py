@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import trustme
 from golden_objects import Object, configuration_object, golden_configuration
 
 from clusterproxy.addon.agent_manifests import agent_manifests
@@ -17,8 +18,16 @@ from clusterproxy.addon.configuration import ProxyConfiguration, parse_configura
 
 CA = b"-----BEGIN CERTIFICATE-----\n"
 NAMESPACE = "open-cluster-management-cluster-proxy"
+
+
+def pair() -> dict[str, bytes]:
+    """Return a certificate and its key, as a secret of the type ``kubernetes.io/tls`` has them."""
+    made = trustme.CA().issue_cert("service-proxy.example")
+    return {"tls.crt": made.cert_chain_pems[0].bytes(), "tls.key": made.private_key_pem.bytes()}
+
+
 SERVICE_PROXY_SECRET: Object = {
-    "data": {"tls.crt": base64.b64encode(b"cert").decode(), "tls.key": "a2V5"}
+    "data": {key: base64.b64encode(each).decode() for key, each in pair().items()}
 }
 _GOLDEN = Path(__file__).parent / "addon" / "golden"
 

@@ -9,10 +9,12 @@ import pytest
 from agents import (
     CA,
     NAMESPACE,
+    SERVICE_PROXY_SECRET,
     Case,
     cluster,
     configuration,
     deployment_config,
+    pair,
     variables,
 )
 from hypothesis import given
@@ -28,6 +30,7 @@ from clusterproxy.addon.agent_values import (
 from clusterproxy.addon.certificates import load_certificates, new_authority, new_key
 from clusterproxy.addon.chart_values import DEFAULTS, UnrenderableError, merge, parse_values
 from clusterproxy.addon.config import ManagerConfig
+from clusterproxy.addon.leaves import encoded
 from clusterproxy.tunnel.agent_identity import service_proxy_host
 
 HOST = "cluster-a140791d2b20a847f2c74c62c384f93fb83691d871e80385.open-cluster-management.proxy"
@@ -402,8 +405,9 @@ def test_a_node_selector_that_is_none(value: str) -> None:
 def test_the_certificate_of_the_service_proxy() -> None:
     values = Case().with_service_proxy().values()
     assert values["enableServiceProxy"] is True
-    assert values["serviceProxySecretCert"] == base64.b64encode(b"cert").decode()
-    assert values["serviceProxySecretKey"] == "a2V5"
+    data = SERVICE_PROXY_SECRET["data"]
+    assert values["serviceProxySecretCert"] == data["tls.crt"]
+    assert values["serviceProxySecretKey"] == data["tls.key"]
 
 
 def test_a_missing_certificate_of_the_service_proxy() -> None:
@@ -419,6 +423,30 @@ def test_a_missing_certificate_of_the_service_proxy() -> None:
             assert problems(case.given(service_proxy_secret=secret)) == [
                 f"secret {name} does not contain {key} (in the namespace hub)"
             ]
+
+
+@pytest.mark.parametrize(
+    ("crt", "key", "said"),
+    [
+        (b"certificate", None, "tls.crt is no certificate in PEM"),
+        (None, b"key", "tls.key cannot be read"),
+        (None, pair()["tls.key"], "tls.key is not the key of tls.crt"),
+        (pair()["tls.crt"], None, "tls.key is not the key of tls.crt"),
+    ],
+)
+def test_a_certificate_of_the_service_proxy_that_is_none(
+    crt: bytes | None, key: bytes | None, said: str
+) -> None:
+    right = pair()
+    data = {"tls.crt": crt or right["tls.crt"], "tls.key": key or right["tls.key"]}
+    case = Case().told(enable_service_proxy=True, signer_secret_namespace="hub")  # noqa: S106
+    [told] = problems(case.given(service_proxy_secret={"data": encoded(data)}))
+    assert told.startswith(
+        f"secret cluster-proxy-service-proxy-server-cert (in the namespace hub): {said}"
+    )
+    assert told.endswith(
+        "Put a certificate and its key there, or delete the secret: the controllers issue both"
+    )
 
 
 # -- AddOnDeploymentConfig -------------------------------------------------------------------------

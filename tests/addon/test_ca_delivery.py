@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import attrs
 import pytest
 import trustme
+from agents import pair
 from cryptography import x509
 
 from clusterproxy.addon.ca_delivery import (
@@ -323,7 +324,8 @@ def test_what_cannot_be_deployed_anew_is_refreshed(
     old, new = (each.crt for each in authorities)
     bundle = old + new
     deployment = {"kind": "Deployment", "metadata": {"name": "agent"}, "spec": {"replicas": 1}}
-    fresh = serving(b"new", b"new key")
+    mine = pair()
+    fresh = serving(mine["tls.crt"], mine["tls.key"])
     present = work(ca(old), deployment, serving(b"old"))
     changed = refreshed(present, bundle, fresh)
     assert changed is not None
@@ -333,8 +335,9 @@ def test_what_cannot_be_deployed_anew_is_refreshed(
     }
     assert present["spec"]["workload"]["manifests"][0] == ca(old)
     assert refreshed(changed, bundle, fresh) is None
-    # Whoever cannot say what the certificate is changes none.
-    for unknown in (None, {}, secret("x", tls_crt=b"half")):
+    # Whoever cannot say what the certificate is changes none, and what is none replaces none.
+    unusable = serving(pair()["tls.crt"], mine["tls.key"])
+    for unknown in (None, {}, secret("x", tls_crt=b"half"), serving(b"certificate"), unusable):
         assert refreshed(changed, bundle, unknown) is None
     # In another order it is the same.
     assert refreshed(changed, new + old, fresh) is None

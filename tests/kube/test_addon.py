@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 import trio
 import yaml
+from agents import pair
 from cryptography import x509
 
 from clusterproxy.addon.registration import (
@@ -223,17 +224,22 @@ def test_whatever_changes_is_rendered_at_once(manager: AddOnInstallation, cluste
         cluster, "ManifestApplied", "False", "ManifestWorkApplyFailed", SERVING_CERTIFICATE
     )
     ca = manager.secret("cluster-proxy-signer")["ca.crt"]
-    put_secret(manager, SERVING_CERTIFICATE, {"tls.crt": b"one", "tls.key": b"key"})
+    one, two = pair(), pair()
+    put_secret(manager, SERVING_CERTIFICATE, one)
     serving = "Secret cluster-proxy-service-proxy-server-certificates"
 
     def crt(manifest: Object, key: str = "tls.crt") -> bytes:
         return base64.b64decode(manifest["data"][key])
 
-    manager.await_work(cluster, lambda there: crt(there[serving]) == b"one", "it is rendered")
+    manager.await_work(
+        cluster, lambda there: crt(there[serving]) == one["tls.crt"], "it is rendered"
+    )
     eventually(lambda: manager.said(cluster, "ManifestApplied") is None, "the error is taken back")
     # The service proxies' certificate
-    put_secret(manager, SERVING_CERTIFICATE, {"tls.crt": b"two", "tls.key": b"key"})
-    manager.await_work(cluster, lambda there: crt(there[serving]) == b"two", "the new certificate")
+    put_secret(manager, SERVING_CERTIFICATE, two)
+    manager.await_work(
+        cluster, lambda there: crt(there[serving]) == two["tls.crt"], "the new certificate"
+    )
     # The ManagedProxyConfiguration
     live = manager.configure(proxyAgent={"replicas": 2, "image": "quay.io/a/agent:v2"})
     manager.await_work(
@@ -630,21 +636,30 @@ def test_what_is_wrong_is_told_and_what_runs_goes_on(
     manager.configure()
     manager.run(service_proxy=True)
     manager.await_reconciled()
-    # A secret that is not whole
-    put_secret(manager, SERVING_CERTIFICATE, {"tls.crt": b"one"})
+    # A secret that is not whole, or has no certificate and its key
+    whole, other = pair(), pair()
+    put_secret(manager, SERVING_CERTIFICATE, {"tls.crt": whole["tls.crt"]})
     manager.enable(cluster)
     said = ("ManifestApplied", "False", "ManifestWorkApplyFailed")
     manager.await_said(cluster, *said, f"secret {SERVING_CERTIFICATE} does not contain tls.key")
     assert not manager.works(cluster)
-    put_secret(manager, SERVING_CERTIFICATE, {"tls.crt": b"one", "tls.key": b"key"})
+    for wrong, what in (
+        ({"tls.crt": b"one"}, "tls.crt is no certificate in PEM"),
+        ({"tls.key": other["tls.key"]}, "tls.key is not the key of tls.crt"),
+    ):
+        put_secret(manager, SERVING_CERTIFICATE, whole | wrong)
+        manager.await_said(cluster, *said, what)
+        manager.await_said(cluster, *said, "or delete the secret")
+    assert not manager.works(cluster)
+    put_secret(manager, SERVING_CERTIFICATE, whole)
     manager.await_work(cluster, lambda there: there[DEPLOYMENT], "it is rendered")
     before = manager.work(cluster)["spec"]
     # An annotation of the cluster
     found = plane.get(CLUSTER, "ManagedCluster", cluster)
     assert found is not None
     name = "open-cluster-management.io/image-registries"
-    for wrong, what in (("{", "must be JSON"), ('{"registries": 1}', "registries: must be a list")):
-        plane.patch(found, {"metadata": {"annotations": {name: wrong}}})
+    for text, what in (("{", "must be JSON"), ('{"registries": 1}', "registries: must be a list")):
+        plane.patch(found, {"metadata": {"annotations": {name: text}}})
         where = f"ManagedCluster {cluster}: metadata.annotations[{name}]: {what}"
         manager.await_said(cluster, *said, where)
     plane.patch(found, {"metadata": {"annotations": {name: None}}})

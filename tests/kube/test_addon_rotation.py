@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
+from agents import pair
 from cryptography import x509
 
 from clusterproxy.addon.ca_delivery import NOT_APPLIED, NOT_AVAILABLE, REPLACED
@@ -193,19 +194,20 @@ def bundle_of(there: dict[str, Object]) -> bytes:
 def test_agents_that_have_to_wait_for_a_configuration_get_authorities_and_certificates(
     ocm_hub: OcmHub, managed: ControlPlane, manager: AddOnInstallation, cluster: str
 ) -> None:
-    put_secret(manager, _SERVING, {"tls.crt": b"one", "tls.key": b"key"})
+    first, second = pair(), pair()
+    put_secret(manager, _SERVING, first)
     manager.run(service_proxy=True)
     manager.await_reconciled()
     deployment = "Deployment cluster-proxy-proxy-agent"
     serving = "Secret cluster-proxy-service-proxy-server-certificates"
 
-    def has(there: dict[str, Object], replicas: int, certificate: bytes, trusted: int) -> bool:
+    def has(there: dict[str, Object], replicas: int, trusted: int) -> bool:
         found = base64.b64decode(there[serving]["data"]["tls.crt"])
         return (
             there[deployment]["spec"]["replicas"],
             found,
             bundle_of(there).count(b"BEGIN"),
-        ) == (replicas, certificate, trusted)
+        ) == (replicas, second["tls.crt"], trusted)
 
     with Klusterlet(ocm_hub, managed, cluster):
         manager.enable(cluster)
@@ -218,10 +220,10 @@ def test_agents_that_have_to_wait_for_a_configuration_get_authorities_and_certif
         try:
             manager.configure(proxyAgent={"replicas": replicas + 1})
             manager.await_reconciled()
-            put_secret(manager, _SERVING, {"tls.crt": b"two", "tls.key": b"key"})
+            put_secret(manager, _SERVING, second)
             annotate(manager, rotate_ca="1")
             manager.await_work(
-                cluster, lambda there: has(there, replicas, b"two", 2), "the work is refreshed"
+                cluster, lambda there: has(there, replicas, 2), "the work is refreshed"
             )
             # It is not held for that configuration's.
             assert manager.hashes(cluster) == hashes
@@ -230,9 +232,17 @@ def test_agents_that_have_to_wait_for_a_configuration_get_authorities_and_certif
         finally:
             os.kill(program, signal.SIGCONT)
         manager.await_work(
-            cluster, lambda there: has(there, replicas + 1, b"two", 2), "it gets the configuration"
+            cluster, lambda there: has(there, replicas + 1, 2), "it gets the configuration"
         )
         assert manager.hashes(cluster) != hashes
+        # A certificate that is none replaces none.
+        name = "ManifestWorkApplyFailed"
+        unusable = first | {"tls.key": second["tls.key"]}
+        put_secret(manager, _SERVING, unusable)
+        manager.await_said(cluster, "ManifestApplied", "False", name, "is not the key of tls.crt")
+        manager.await_work(cluster, lambda there: has(there, replicas + 1, 2), "it keeps its own")
+        put_secret(manager, _SERVING, second)
+        manager.await_said(cluster, "ManifestApplied")
         # One whose configuration cannot be rendered keeps what it has, and trusts what is to be trusted.
         manager.config("bad", customizedVariables=[{"name": "replicas", "value": "many"}])
         manager.enable(cluster, "bad")
@@ -246,7 +256,7 @@ def test_agents_that_have_to_wait_for_a_configuration_get_authorities_and_certif
             cluster,
             lambda there: (
                 bundle_of(there) == manager.secret("proxy-server-ca")["ca.crt"]
-                and has(there, replicas + 1, b"two", 2)
+                and has(there, replicas + 1, 2)
             ),
             "it is refreshed although it cannot be rendered",
         )

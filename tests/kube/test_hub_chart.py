@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import json
 import os
 import re
 import shutil
+import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -15,6 +18,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import httpx
 import pytest
 from compatibility import Place, differences, documented, meaning
 from golden_objects import golden, original_rights
@@ -58,6 +62,8 @@ KINDS: Final = (
     ("cluster.open-cluster-management.io/v1beta2", "ManagedClusterSetBinding"),
     (MPC, "ManagedProxyConfiguration"),
 )
+#: Of the user server: for users, and for health and metrics.
+USER_PORT, HEALTH_PORT = 29_092, 29_000
 #: What Kubernetes puts into a namespace.
 KUBERNETES: Final = {("ConfigMap", "kube-root-ca.crt"), ("ServiceAccount", "default")}
 
@@ -133,9 +139,14 @@ class Hub:
     def close(self) -> None:
         if "cluster-proxy" in self.helm("list", "--namespace", NAMESPACE, "--short", "--all"):
             self.uninstall()
-        # It has no owner.
-        if (left := self.objects().get(("Secret", SERVICE_PROXY_SECRET))) is not None:
-            self.plane.delete(left)
+        # They have no owner, or are a test's.
+        for key in (
+            ("Secret", SERVICE_PROXY_SECRET),
+            ("ConfigMap", "ocm-tls-profile"),
+            ("ConfigMap", "cluster-proxy-exposed-services"),
+        ):
+            if (left := self.objects().get(key)) is not None:
+                self.plane.delete(left)
         eventually(lambda: not self.objects(), f"these are gone: {self.objects().keys()}")
 
     @contextlib.contextmanager
@@ -145,11 +156,13 @@ class Hub:
         assert found is not None
         pod = found["spec"]["template"]["spec"]
         assert pod["serviceAccountName"] == account
-        [arguments] = (each["args"] for each in pod["containers"] if each["name"] == container)
+        [running] = (each for each in pod["containers"] if each["name"] == container)
+        arguments = self.mounted(pod, running)
         log = self.directory / f"{container}.log"
-        nowhere = {
+        elsewhere = {
             "manager": ("--metrics-bind-address=0", "--health-probe-bind-address=0"),
             "controllers": ("--metrics-addr=0", "--health-probe-addr=0"),
+            "user-server": (f"--server-port={USER_PORT}", f"--health-port={HEALTH_PORT}"),
         }
         with (
             log.open("wb") as output,
@@ -159,7 +172,7 @@ class Hub:
                     *(("addon-manager",) if container == "manager" else ()),
                     *arguments,
                     f"--kubeconfig={self.plane.kubeconfig_for(NAMESPACE, account)}",
-                    *nowhere[container],
+                    *elsewhere[container],
                 ),
                 env=os.environ | {"POD_NAMESPACE": NAMESPACE},
                 stdout=output,
@@ -172,6 +185,29 @@ class Hub:
             finally:
                 program.terminate()
                 program.wait(20)
+
+    def mounted(self, pod: Object, container: Object) -> list[str]:
+        """Return a container's arguments, with the secrets that it mounts in folders here."""
+        volumes = {each["name"]: each["secret"]["secretName"] for each in pod.get("volumes", ())}
+        arguments: list[str] = container["args"]
+        for mount in container.get("volumeMounts", ()):
+            path = mount["mountPath"]
+            folder = self.directory / path.strip("/")
+            folder.mkdir()
+            secret = self.plane.get("v1", "Secret", volumes[mount["name"]], NAMESPACE)
+            assert secret is not None
+            for key, text in secret["data"].items():
+                (folder / key).write_bytes(base64.b64decode(text))
+            arguments = [each.replace(f"={path}/", f"={folder}/") for each in arguments]
+        return arguments
+
+    def may(self, account: str, verb: str, resource: str, **where: str) -> bool:
+        """Whether an account of the release may do something, in its namespace if no other is said."""
+        attributes = {"namespace": NAMESPACE, "verb": verb, "resource": resource, **where}
+        user = f"system:serviceaccount:{NAMESPACE}:{account}"
+        review = {"spec": {"user": user, "resourceAttributes": attributes}}
+        path = "/apis/authorization.k8s.io/v1/subjectaccessreviews"
+        return bool(self.plane.call("POST", path, review)["status"]["allowed"])
 
 
 CHART = str(ROOT / "deploy" / "charts" / "cluster-proxy")
@@ -277,11 +313,111 @@ def test_programs_have_the_rights_that_they_need(release: Hub, settings: tuple[s
         # It asks, and goes on without.
         refused = [line for line in refused if not re.search("clusterrole|tokenreview", line)]
     assert not refused
+    check_rights(release)
     mounted = {
         each["secret"]["secretName"]
         for each in release.objects()["Deployment", USER]["spec"]["template"]["spec"]["volumes"]
     }
     assert all(("Secret", name) in release.objects() for name in mounted)
+
+
+def check_rights(release: Hub) -> None:
+    """That they have no wider ones."""
+    leases, roles = {"group": "coordination.k8s.io"}, {"group": RBAC.partition("/")[0]}
+    assert release.may(MANAGER, "update", "leases", name=MANAGER, **leases)
+    assert release.may(MANAGER, "update", "leases", name="cluster-proxy", namespace="x", **leases)
+    assert release.may(MANAGER, "create", "pods", subresource="portforward")
+    for verb, resource, where in (
+        ("update", "leases", {"name": "managed-cluster-lease", "namespace": "x", **leases}),
+        ("update", "leases", {"name": MANAGER, "namespace": "x", **leases}),
+        ("delete", "leases", {"name": MANAGER, **leases}),
+        ("list", "leases", leases),
+        ("create", "pods", {}),
+        ("delete", "pods", {}),
+        ("create", "pods", {"subresource": "exec"}),
+        ("create", "pods", {"subresource": "portforward", "namespace": "x"}),
+        ("get", "configmaps", {"name": "x"}),
+        ("get", "secrets", {"namespace": "x"}),
+        ("delete", "roles", {"namespace": "x", **roles}),
+        ("impersonate", "users", {}),
+    ):
+        assert not release.may(MANAGER, verb, resource, **where), (verb, resource, where)
+    for name in ("ocm-tls-profile", "cluster-proxy-exposed-services"):
+        assert release.may(USER, "watch", "configmaps", name=name)
+        assert not release.may(USER, "update", "configmaps", name=name)
+        assert not release.may(USER, "get", "configmaps", name=name, namespace="x")
+    for verb, resource, where in (
+        ("get", "configmaps", {"name": "x"}),
+        ("list", "secrets", {}),
+        ("get", "secrets", {"name": "proxy-client"}),
+        ("update", "secrets", {"name": "cluster-proxy-signer"}),
+        ("create", "secrets", {"namespace": "x"}),
+        ("get", "pods", {}),
+        ("create", "tokenreviews", {"group": "authentication.k8s.io"}),
+    ):
+        assert not release.may(USER, verb, resource, **where), (verb, resource, where)
+
+
+def test_the_user_server_has_the_rights_that_it_needs(release: Hub) -> None:
+    mode = "userServer.exposedServicesMode=warn"
+    release.install(CHART, "enableServiceProxy=true", "userServer.enabled=true", mode)
+    notes = release.helm("get", "notes", "cluster-proxy", "--namespace", NAMESPACE)
+    assert f"kubectl -n {NAMESPACE} port-forward service/{USER} 9092" in notes
+    assert "userServer.exposedServicesMode is warn: they reach all services" in notes
+    with release.program(MANAGER, MANAGER, "manager"):
+        eventually(release.is_reconciled, "the manager has done its work")
+
+    def config_map(name: str, **data: str) -> Object:
+        metadata = {"name": name, "namespace": NAMESPACE}
+        return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
+
+    with release.program(USER, USER, "user-server") as log:
+        eventually(lambda: asked("/readyz").startswith("ok"), "it is ready")
+        assert asked("/healthz").startswith("ok")
+        valid = "clusterproxy_user_server_exposed_services_valid"
+        eventually(lambda: f"\n{valid} 1\n" in asked("/metrics"), "it has looked for the list")
+        list_of_services = config_map("cluster-proxy-exposed-services", services="- namespace: 1")
+        release.plane.apply(list_of_services)
+        eventually(lambda: f"\n{valid} 0\n" in asked("/metrics"), "it sees the list")
+        assert is_open(ssl.TLSVersion.TLSv1_2)
+        release.plane.apply(config_map("ocm-tls-profile", minTLSVersion="VersionTLS13"))
+        eventually(lambda: not is_open(ssl.TLSVersion.TLSv1_2), "it sees the TLS profile")
+        assert is_open(ssl.TLSVersion.TLSv1_3)
+        url = "/cluster1/api/v1/namespaces/a/services/http:b:80/proxy-service/"
+        response = httpx.get(
+            f"https://127.0.0.1:{USER_PORT}{url}",
+            verify=trusting(release.directory),
+            trust_env=False,
+        )
+        assert response.status_code == 502, "no proxy server runs"
+    said = log.read_text()
+    assert "It was passed on, for the mode is warn" in said
+    assert "forbidden" not in said.lower()
+
+
+def asked(path: str) -> str:
+    """Return what the user server answers at its health port, nothing if it does not."""
+    try:
+        return httpx.get(f"http://127.0.0.1:{HEALTH_PORT}{path}", trust_env=False).text
+    except httpx.TransportError:
+        return ""
+
+
+def trusting(directory: Path) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=str(directory / "proxy-ca" / "ca.crt"))
+
+
+def is_open(version: ssl.TLSVersion) -> bool:
+    """Whether the user server takes connections of a version of TLS."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.minimum_version = context.maximum_version = version
+    with socket.create_connection(("127.0.0.1", USER_PORT)) as plain:
+        try:
+            context.wrap_socket(plain).close()
+        except (ssl.SSLError, ConnectionError):
+            return False
+    return True
 
 
 EVERYTHING = (
@@ -294,6 +430,7 @@ EVERYTHING = (
     "enableServiceProxy=true",
     "userServer.enabled=true",
     "userServer.additionalSANs={u.example,10.0.0.1}",
+    "userServer.exposedServicesMode=warn",
     "userServer.ingress.enabled=true",
     "userServer.ingress.className=nginx",
     "userServer.ingress.annotations.a\\.b/c=d",

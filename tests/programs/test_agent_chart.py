@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
+from agents import NAMESPACE, Case, configuration, deployment_config
 from examples import examples
 from helm_programs import Object, Renderer, helm, needs_helm, renderer
 from hypothesis import given, settings
@@ -16,6 +17,12 @@ from hypothesis import strategies as st
 
 from clusterproxy.addon.agent_manifests import agent_manifests
 from clusterproxy.addon.chart_values import CHART_VERSION, DEFAULTS, UnrenderableError, merge
+from clusterproxy.addon_agent.config import AddonAgentConfig
+from clusterproxy.agent.config import AgentConfig
+from clusterproxy.cli.addon_agent import addon_agent_flags
+from clusterproxy.cli.agent import agent_flags
+from clusterproxy.cli.service_proxy import service_proxy_flags
+from clusterproxy.service_proxy.config import ServiceProxyConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -291,6 +298,146 @@ def test_the_same_objects_and_failures(chart: Renderer, values: Object, namespac
 @given(values=st.dictionaries(st.sampled_from([*RIGHT]), JUNK, min_size=1, max_size=2))
 def test_values_of_the_wrong_type(chart: Renderer, values: Object) -> None:
     check(chart, values, "ns")
+
+
+# -- the programs ----------------------------------------------------------------------------------
+
+ADDRESS = {"type": "Hostname", "hostname": {"value": "hub.example"}, "port": 443}
+GROUPS = "--hub-group-mapping=system:masters="
+OIDC = {
+    "oidcIssuerURL": "https://issuer.example",
+    "oidcClientID": "kubectl",
+    "oidcUsernameClaim": "email",
+    "oidcUsernamePrefix": "oidc:",
+    "oidcGroupsClaim": "groups",
+    "oidcGroupsPrefix": "oidc:",
+    "oidcReservedNamePrefixes": "system:,cluster:",
+    "oidcSigningAlgs": "RS256,ES256",
+    "oidcCAConfigMap": "issuer",
+    "oidcRequiredClaimsJSON": '{"hd": "example"}',
+}
+
+
+def told(values: Object) -> Case:
+    variables = [{"name": name, "value": value} for name, value in values.items()]
+    return Case().given(deployment_config=deployment_config(customizedVariables=variables))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(),
+        Case().with_service_proxy(),
+        Case().given(
+            configuration=configuration(
+                deploy={"ports": {"agentServer": 9091}},
+                proxyServer={"entrypoint": {"type": "PortForward", "port": 9443}},
+                proxyAgent={"additionalArgs": ["--v=4", "--keepalive-time=30s"]},
+            )
+        ),
+        Case()
+        .given(
+            configuration=configuration(
+                proxyServer={"entrypoint": ADDRESS},
+                proxyAgent={
+                    "additionalServiceProxyArgs": [GROUPS, "--authenticate-services"],
+                    "additionalServiceCAConfigMap": "services",
+                },
+            )
+        )
+        .with_service_proxy(),
+        told(OIDC).with_service_proxy(),
+        told({**OIDC, "enableImpersonation": "false"}).with_service_proxy(),
+    ],
+    ids=["defaults", "service proxy", "port forward", "arguments", "issuer", "issuer only"],
+)
+def test_the_programs_take_what_they_are_told(chart: Renderer, case: Case) -> None:
+    """What the flags of each container say, read as the program reads it, beside what is around it."""
+    rendered = chart.render(case.values(), NAMESPACE)
+    assert rendered.error == ""
+    [deployment] = (each for each in rendered.objects if each["kind"] == "Deployment")
+    pod = deployment["spec"]["template"]["spec"]
+    containers = {each["name"]: each for each in pod["containers"]}
+    for each in containers.values():
+        mounted = {mount["mountPath"].rstrip("/") for mount in each["volumeMounts"]}
+        files = [PurePosixPath(arg.partition("=")[2]) for arg in each["args"] if "=/" in arg]
+        assert all(str(file.parent) in mounted for file in files)
+    ready = agent_flags()
+    agent = AgentConfig(
+        **ready.parse(containers["proxy-agent"]["args"]).fields(ready), proxy_environment={}
+    )
+    assert {agent.agent_cert, agent.agent_key, agent.ca_cert} == {
+        "/etc/tls/tls.crt",
+        "/etc/tls/tls.key",
+        "/etc/ca/ca.crt",
+    }
+    addon = addon_agent(containers["addon-agent"])
+    # It answers for the proxy agent, and asks it.
+    probe = containers["proxy-agent"]["livenessProbe"]["httpGet"]
+    assert addon.health_address == ("", probe["port"])
+    assert addon.proxy_agent_address[1] == agent.health_server_port
+    if addon.enable_port_forward_proxy:
+        assert f"{agent.proxy_server_host}:{agent.proxy_server_port}" == (
+            f"127.0.0.1:{addon.port_forward_port}"
+        )
+    if "service-proxy" not in containers:
+        return
+    proxy = service_proxy(containers["service-proxy"])
+    for kind in ("livenessProbe", "readinessProbe"):
+        assert containers["service-proxy"][kind]["httpGet"]["port"] == proxy.health_port
+    assert pod["terminationGracePeriodSeconds"] > proxy.drain_timeout_s
+    assert_rights(rendered.objects, proxy)
+
+
+def addon_agent(container: Object) -> AddonAgentConfig:
+    assert container["command"] == ["/agent"]
+    flags = addon_agent_flags()
+    [environment] = container["env"]
+    assert environment["name"] == "POD_NAMESPACE"
+    told = flags.parse(container["args"]).fields(flags)
+    config = AddonAgentConfig(**told, pod_namespace=NAMESPACE)
+    config.validate()
+    return config
+
+
+def service_proxy(container: Object) -> ServiceProxyConfig:
+    flags = service_proxy_flags()
+    [environment] = container["env"]
+    assert environment["name"] == "POD_NAMESPACE"
+    [command, *arguments] = container["args"]
+    assert [*container["command"], command] == ["/cluster-proxy", "service-proxy"]
+    parsed = flags.parse(arguments)
+    assert not parsed.arguments
+    config = ServiceProxyConfig(**parsed.fields(flags), pod_namespace=NAMESPACE, given=parsed.given)
+    config.validate()
+    return config
+
+
+def assert_rights(objects: list[Object], proxy: ServiceProxyConfig) -> None:
+    """The account has what the service proxy and the add-on agent need, and nothing else."""
+    rules = {
+        (each["kind"], group, resource): (rule["verbs"], rule.get("resourceNames"))
+        for each in objects
+        if each["kind"] in {"Role", "ClusterRole"}
+        for rule in each["rules"]
+        for group in rule["apiGroups"]
+        for resource in (f"{name} {' '.join(rule['verbs'])}" for name in rule["resources"])
+    }
+    reads, keeps = ["get", "list", "watch"], ["get", "update", "patch"]
+    leases = "coordination.k8s.io"
+    wanted: dict[tuple[str, str, str], tuple[list[str], list[str] | None]] = {
+        ("Role", leases, "leases create"): (["create"], None),
+        ("Role", leases, "leases get update patch"): (keeps, ["cluster-proxy"]),
+        ("Role", "", "configmaps get list watch"): (reads, None),
+        ("ClusterRole", "authentication.k8s.io", "tokenreviews create"): (["create"], None),
+    }
+    if proxy.enable_impersonation or proxy.oidc is not None:
+        for who in ("users", "groups"):
+            wanted["ClusterRole", "", f"{who} impersonate"] = (["impersonate"], None)
+    assert rules == wanted
+
+
+# -- the rest --------------------------------------------------------------------------------------
 
 
 def test_a_pattern_that_is_none(chart: Renderer) -> None:

@@ -25,6 +25,9 @@ from clusterproxy.addon.proxy_deployment import SELECTOR, proxy_deployment
 from clusterproxy.cli.addon_manager import manager_flags
 from clusterproxy.cli.controllers import controllers_flags
 from clusterproxy.cli.server import server_flags
+from clusterproxy.cli.user_server import user_server_flags
+from clusterproxy.kube.tls_profile import CONFIG_MAP as TLS_PROFILE
+from clusterproxy.user_server.config import UserServerConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -182,6 +185,15 @@ def test_i4_exposed_services(chart: Renderer) -> None:
     assert "mine" in found["Role", USER]["rules"][0]["resourceNames"]
 
 
+@pytest.mark.parametrize("mode", ["enforce", "warn", "", None])
+def test_services_that_are_not_exposed(chart: Renderer, mode: str | None) -> None:
+    found = render(chart, enableServiceProxy=True, userServer={"exposedServicesMode": mode})
+    args = container(found, USER, "user-server")["args"]
+    # The original's program does not know the flag.
+    modes = [each for each in args if each.startswith("--exposed-services-mode")]
+    assert modes == (["--exposed-services-mode=warn"] if mode == "warn" else [])
+
+
 def test_i5_no_impersonation(chart: Renderer) -> None:
     text = json.dumps(list(render(chart, enableImpersonation=False).values()))
     assert "tokenreviews" not in text
@@ -210,6 +222,24 @@ def test_i6_images(chart: Renderer) -> None:
         "proxyAgent": "a/agent:t",
     }
     assert "--agent-image=r/i:t" in container(found, USER, "controllers")["args"]
+
+
+@pytest.mark.parametrize(
+    ("value", "image"),
+    [
+        ("r.example/a:v1", "r.example/a:v1"),
+        ("r.example:5000/a:v1", "r.example:5000/a:v1"),
+        ("r.example:5000/a", "r.example:5000/a:t"),
+        (f"r.example/a@sha256:{'0' * 64}", f"r.example/a@sha256:{'0' * 64}"),
+    ],
+)
+def test_i6_images_with_tags_of_their_own(chart: Renderer, value: str, image: str) -> None:
+    found = images(render(chart, tag="t", proxyServerImage=value, proxyAgentImage=value))
+    assert (found["proxyServer"], found["proxyAgent"], found["manager"]) == (
+        image,
+        image,
+        "cluster-proxy:t",
+    )
 
 
 def test_i7_network_policies(chart: Renderer) -> None:
@@ -251,9 +281,10 @@ def test_i7_what_they_let_through(chart: Renderer) -> None:
 def test_i7_monitors_are_let_through(chart: Renderer) -> None:
     switched_on = {"networkPolicies": {"enabled": True}, "serviceMonitor": {"enabled": True}}
     found = render(chart, enableServiceProxy=True, **switched_on)
-    for name in (MANAGER, USER, "cluster-proxy-proxy-server"):
+    pods = {name: name for name in (MANAGER, USER, "cluster-proxy-proxy-server")}
+    for name, of in {**pods, "cluster-proxy-user-server": USER}.items():
         [metrics] = found["Service", f"{name}-metrics"]["spec"]["ports"]
-        policy = found["NetworkPolicy", f"{name}-network-policy"]["spec"]
+        policy = found["NetworkPolicy", f"{of}-network-policy"]["spec"]
         assert ("TCP", metrics["targetPort"]) in ports(policy["ingress"])
 
 
@@ -483,6 +514,10 @@ def test_the_older_version_of_the_addon_api() -> None:
         ({"proxyServer": {"imagePullPolicy": "Sometimes"}}, "'Always', 'IfNotPresent', 'Never'"),
         ({"userServer": {"additionalSANs": "x"}}, "at '/userServer/additionalSANs': got string"),
         ({"userServer": True}, "at '/userServer': got boolean, want null or object"),
+        (
+            {"userServer": {"exposedServicesMode": "off"}},
+            "at '/userServer/exposedServicesMode': value must be one of 'enforce', 'warn'",
+        ),
         ({"exposedServices": [{"service": "x"}]}, "missing property 'namespace'"),
         (
             {"exposedServices": [{"namespace": "a", "service": "b", "cluster": "c"}]},
@@ -565,6 +600,7 @@ VALUES = mapping(
         enabled=SWITCH | st.none(),
         additionalSANs=st.lists(st.sampled_from(["u.example", "*.u.example", "10.0.0.1"]))
         | st.none(),
+        exposedServicesMode=st.sampled_from(["enforce", "warn", "", None]),
         resources=mapping(requests=st.just({"cpu": 1})) | st.none(),
         ingress=mapping(annotations=LABELS, className=NAMES, tlsSecretName=NAMES) | st.none(),
     )
@@ -708,11 +744,42 @@ def check_programs(found: Found, namespace: str) -> None:
             told.metrics_address.port,
             told.health_address.port,
         ]
+        check_user_server(found, namespace)
     configuration = parse_configuration(found["ManagedProxyConfiguration", "cluster-proxy"])
     server = configuration.proxy_server
     assert server.namespace == namespace
     assert server.service_name == "proxy-entrypoint"
     assert (server.entrypoint.type is EntrypointType.HOSTNAME) == bool(server.entrypoint.hostname)
+
+
+def check_user_server(found: Found, namespace: str) -> None:
+    server = container(found, USER, "user-server")
+    flags = user_server_flags()
+    [command, *arguments] = server["args"]
+    assert [*server["command"], command] == ["/cluster-proxy", "user-server"]
+    parsed = flags.parse(arguments)
+    assert not parsed.arguments
+    config = UserServerConfig(**parsed.fields(flags), pod_namespace=namespace, given=parsed.given)
+    config.validate()
+    assert config.host == f"proxy-entrypoint.{namespace}.svc"
+    listening = {each["name"]: each["containerPort"] for each in server["ports"]}
+    assert listening == {"https": config.server_port, "health": config.health_port}
+    [port] = found["Service", USER]["spec"]["ports"]
+    assert port["targetPort"] == config.server_port
+    for kind in ("livenessProbe", "readinessProbe"):
+        assert server[kind]["httpGet"]["port"] == config.health_port
+    pod = found["Deployment", USER]["spec"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] > config.drain_timeout_s
+    [profile_and_list, *_] = found["Role", USER]["rules"]
+    assert profile_and_list == {
+        "apiGroups": [""],
+        "resources": ["configmaps"],
+        "resourceNames": [TLS_PROFILE, config.exposed_services_configmap],
+        "verbs": ["get", "list", "watch"],
+    }
+    if ("ServiceMonitor", "cluster-proxy") in found:
+        [metrics] = found["Service", "cluster-proxy-user-server-metrics"]["spec"]["ports"]
+        assert metrics["targetPort"] == config.health_port
 
 
 # -- the chart itself ------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ addon-framework ``pkg/addonfactory/helm_agentaddon.go``.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import re
 from typing import TYPE_CHECKING, Final, cast
@@ -20,11 +19,13 @@ from clusterproxy.kube.resource import list_at, map_at, text_at
 from clusterproxy.tunnel.agent_identity import service_proxy_host
 
 from .agent_images import Mirror, mirrored, parse_image, parse_mirrors
+from .certificates import CertificateError, load_pair
 from .chart_values import DEFAULTS, UnrenderableError, merge, parse_values
 from .configuration import SERVICE_PROXY_SECRET, EntrypointType, ProxyConfiguration
 from .deployment_config import DeploymentConfig, called, parse_deployment_config
 from .fields import Fields, shown
 from .hub_objects import GENERATION
+from .leaves import encoded, secret_data
 from .registration import ADDON_NAME
 
 if TYPE_CHECKING:
@@ -272,39 +273,41 @@ def _annotated(cluster: Object, name: str) -> str:
 def _of_flags(config: ManagerConfig, sources: AgentSources, problems: list[str]) -> Object:
     values: Object = {"networkPolicies": {"enabled": config.enable_network_policies}}
     if config.enable_service_proxy:
-        cert, key = (
-            _of_secret(config, sources.service_proxy_secret, name, problems)
-            for name in ("tls.crt", "tls.key")
-        )
+        pair = encoded(_service_proxy_pair(config, sources.service_proxy_secret, problems))
         values |= {
             "enableServiceProxy": True,
-            "serviceProxySecretCert": cert,
-            "serviceProxySecretKey": key,
+            "serviceProxySecretCert": pair.get("tls.crt", ""),
+            "serviceProxySecretKey": pair.get("tls.key", ""),
         }
     return values
 
 
-def _of_secret(config: ManagerConfig, secret: Object | None, key: str, problems: list[str]) -> str:
-    """Return what the service proxies' secret has, which is base64 already."""
+def _service_proxy_pair(
+    config: ManagerConfig, secret: Object | None, problems: list[str]
+) -> dict[str, bytes]:
+    """Return what the service proxies' secret has, a certificate and its key if there are no problems."""
     namespace = config.signer_secret_namespace
     if secret is None:
-        missing = (
+        problems.append(
             f"failed to get secret {SERVICE_PROXY_SECRET} in the namespace {namespace}: "
             f'secrets "{SERVICE_PROXY_SECRET}" not found'
         )
-        if missing not in problems:
-            problems.append(missing)
-        return ""
-    text = text_at(secret, "data", key)
-    try:
-        base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        text = ""
-    if not text:
-        problems.append(
-            f"secret {SERVICE_PROXY_SECRET} does not contain {key} (in the namespace {namespace})"
-        )
-    return text
+        return {}
+    data = secret_data(secret)
+    missing = [key for key in ("tls.crt", "tls.key") if not data.get(key)]
+    problems += [
+        f"secret {SERVICE_PROXY_SECRET} does not contain {key} (in the namespace {namespace})"
+        for key in missing
+    ]
+    if not missing:
+        try:
+            load_pair(data)
+        except CertificateError as error:
+            problems.append(
+                f"secret {SERVICE_PROXY_SECRET} (in the namespace {namespace}): {error}. Put a certificate and "
+                "its key there, or delete the secret: the controllers issue both"
+            )
+    return data
 
 
 def _deployment_config(obj: Object | None, problems: list[str]) -> DeploymentConfig:

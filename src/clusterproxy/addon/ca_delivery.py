@@ -29,6 +29,7 @@ from .certificates import (
     go_time,
     issued_by,
     load_certificates,
+    load_pair,
     subject_of,
 )
 from .leaves import encoded, secret_data
@@ -185,9 +186,7 @@ def refreshed(work: Object, bundle: bytes, certificate: Object | None) -> Object
         if _is_secret(manifest, CA_SECRET):
             fresh = {"ca.crt": _with_others(bundle, secret_data(manifest).get("ca.crt", b""))}
         elif _is_secret(manifest, SERVICE_PROXY_SECRET) and certificate is not None:
-            data = secret_data(certificate)
-            if data.keys() >= {"tls.crt", "tls.key"}:
-                fresh = {key: data[key] for key in ("tls.crt", "tls.key")}
+            fresh = _pair(certificate)
         if fresh and secret_data(manifest) != fresh:
             manifest = {**manifest, "data": encoded(fresh)}
         manifests.append(manifest)
@@ -195,6 +194,16 @@ def refreshed(work: Object, bundle: bytes, certificate: Object | None) -> Object
     if manifests == list_at(workload, "manifests"):
         return None
     return {**work, "spec": {**spec, "workload": {**workload, "manifests": manifests}}}
+
+
+def _pair(secret: Object) -> dict[str, bytes]:
+    """Return a certificate and its key, nothing if that is not what a secret has."""
+    data = secret_data(secret)
+    try:
+        load_pair(data)
+    except CertificateError:
+        return {}
+    return {key: data[key] for key in ("tls.crt", "tls.key")}
 
 
 def _with_others(bundle: bytes, present: bytes) -> bytes:

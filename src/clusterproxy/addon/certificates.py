@@ -320,13 +320,10 @@ def why_reissue(
       now: the time.
     """
     try:
-        certificate = load_certificates(data.get("tls.crt", b""), "tls.crt")[0]
-        key = load_public_key(data.get("tls.key", b""))
+        certificate = load_pair(data)[0]
         hosts, addresses, purposes = _contents(certificate)
     except CertificateError as error:
         return str(error)
-    if certificate.public_key() != key:
-        return "tls.key is not the key of tls.crt"
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now >= end:
         return f"tls.crt expired at {go_time(end)}"
@@ -449,7 +446,19 @@ def hosts_of(certificate: x509.Certificate) -> set[str]:
     return hosts | addresses
 
 
-def load_public_key(pem: bytes) -> object:
+def load_pair(data: Mapping[str, bytes]) -> tuple[x509.Certificate, ...]:
+    """Read the certificates of a secret, of whose first ``tls.key`` has to be the key.
+
+    Raises:
+      CertificateError: one of the two cannot be used, or they do not belong together.
+    """
+    certificates = load_certificates(data.get("tls.crt", b""), "tls.crt")
+    if certificates[0].public_key() != _load_public_key(data.get("tls.key", b"")):
+        raise CertificateError("tls.key", "is not the key of tls.crt")
+    return certificates
+
+
+def _load_public_key(pem: bytes) -> object:
     """Return the public part of the private key under ``tls.key``.
 
     Raises:

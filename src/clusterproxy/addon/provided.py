@@ -12,8 +12,7 @@ from .certificates import (
     hosts_of,
     is_authority,
     issued_by,
-    load_certificates,
-    load_public_key,
+    load_pair,
     purposes_of,
     subject_of,
 )
@@ -44,11 +43,8 @@ def why_unusable(
 def _why_unusable(
     data: Mapping[str, bytes], leaf: Leaf, trusted: Sequence[x509.Certificate], now: datetime
 ) -> str | None:
-    chain = load_certificates(data.get("tls.crt", b""), "tls.crt")
-    key = load_public_key(data.get("tls.key", b""))
+    chain = load_pair(data)
     certificate = chain[0]
-    if certificate.public_key() != key:
-        return "tls.key is not the key of tls.crt"
     if not _is_valid(certificate, now):
         return f"tls.crt is valid {_validity(certificate)}"
     if not _is_for(certificate, leaf.usage):

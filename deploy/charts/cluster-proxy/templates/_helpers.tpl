@@ -11,9 +11,12 @@
 {{- with .Values.registry }}{{ . }}/{{ end }}{{ .Values.image }}:{{ include "hub.tag" . -}}
 {{- end }}
 
-{{/* The image of proxy servers or agents. Takes the root and what its value is called. */}}
+{{/* The image of proxy servers or agents, which may have a tag or a digest of its own. Takes the root and what its value is called. */}}
 {{- define "hub.tunnelImage" -}}
-{{- with get .root.Values .value }}{{ . }}:{{ include "hub.tag" $.root }}{{ else }}{{ include "hub.image" .root }}{{ end -}}
+{{- $image := get .root.Values .value -}}
+{{- if not $image }}{{ include "hub.image" .root }}
+{{- else if regexMatch ":[^/]*$|@" $image }}{{ $image }}
+{{- else }}{{ $image }}:{{ include "hub.tag" .root }}{{ end -}}
 {{- end }}
 
 {{/* Selectors of the pods, which are their labels. */}}
