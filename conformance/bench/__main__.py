@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from . import agents, growth, isolation, line
+from . import agents, growth, isolation, kubectl, line, userserver
 from .cases import PARTS, cases, chosen
 from .contenders import PORTS, TLS_PORTS, Contenders
 from .machine import machine
@@ -159,6 +159,13 @@ def measure(options: Options, folder: Path) -> Iterator[Row]:
         yield from _part(
             "isolation", lambda: isolation.isolation(contenders, options.isolation_rounds, seconds, folder, words)
         )
+    # When the pairs have ended, for these are more programs than any other part has.
+    watches = userserver.QUICK_WATCHES if quick else userserver.WATCHES
+    yield from _part(
+        userserver.PART, lambda: userserver.http(options.rounds, options.seconds, watches, folder, words)
+    )
+    pods = kubectl.QUICK_PODS if quick else kubectl.PODS
+    yield from _part(kubectl.PART, lambda: kubectl.kubectl(options.rounds, pods, folder, words))
 
 
 def _part(name: str, rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:

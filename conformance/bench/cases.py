@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 Service = Literal["sink", "source", "echo", "hole", "fine-sink"]
 
-PARTS: Final = ("tunnels", "agents", "bulk", "sizes", "socket", "latency", "dials", "beside", "isolation", "line")
+PARTS: Final = ("tunnels", "agents", "bulk", "sizes", "socket", "latency", "dials", "beside", "isolation", "http", "kubectl", "line")
 
 MAIN: Final = ("go", "ours")
 CONNECT: Final = ("go-connect", "ours-connect")
@@ -32,6 +32,9 @@ LABELS: Final[Mapping[str, str]] = {
     "go-socket": "Go, Unix socket",
     "ours-connect-socket": "ours, CONNECT, Unix socket",
     "go-connect-socket": "Go, CONNECT, Unix socket",
+    "without": "without a proxy",
+    "tunnel": "the tunnel itself",
+    "go-user-server": "Go, user server",
 }
 
 # What only shows where the field is, or how a curve goes, has no more rounds than this.

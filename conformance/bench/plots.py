@@ -61,8 +61,9 @@ def draw(
         "line": lambda: shares(line),
         "line-growth": lambda: by_second(line),
         "verdicts": lambda: overview([verdict for verdict in verdicts if verdict.step == "C"], "Targets"),
+        "verdicts-http": lambda: overview([verdict for verdict in verdicts if verdict.step == "F"], "Targets of HTTP"),
         "verdicts-before": lambda: overview(
-            [verdict for verdict in verdicts if verdict.step != "C"], "Targets of earlier steps"
+            [verdict for verdict in verdicts if verdict.step in {"A", "B"}], "Targets of earlier steps"
         ),
     }
     files: list[Path] = []

@@ -26,6 +26,7 @@ PROGRAMS: Final = {
     "target": "./konnbench/target",
     "agents": "./konnbench/agents",
     "delay": "./konnbench/delay",
+    "httpload": "./cmd/httpload",
     "go-server": f"{UPSTREAM}/cmd/server",
     "go-agent": f"{UPSTREAM}/cmd/agent",
 }

@@ -120,7 +120,9 @@ def _cost(result: Result) -> str:
     parts: list[str] = []
     if result.programs():
         each = ", ".join(
-            f"{name} {result.cpu(name):.2f}" for name in ("server", "agent", "client") if name in result.programs()
+            f"{name} {result.cpu(name):.2f}"
+            for name in ("user-server", "server", "agent", "service-proxy", "client")
+            if name in result.programs()
         )
         proxy = sum(cores for name, cores in cores_per_gbit(result).items() if name != "client")
         parts.append(f"CPU s/GiB {each}" + (f"; {proxy:.2f} cores per Gbit/s" if proxy else ""))

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import attrs
 
-from . import growth, isolation
+from . import growth, isolation, kubectl, userserver
 from .cases import read_name, write_name
+from .far import PROGRAMS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,7 @@ class Target:
     """
 
     name: str
-    step: Literal["A", "B", "C"]
+    step: Literal["A", "B", "C", "F"]
     bound: float
     at_least: bool
     of: str
@@ -119,6 +120,8 @@ def targets() -> list[Target]:
         *_company(),
         *_memory(),
         *_isolation(),
+        *_user_server(),
+        *_kubectl(),
         *_earlier_steps(),
     ]
 
@@ -139,7 +142,7 @@ def quotient(one: float | None, other: float | None) -> float | None:
     return one / other if one is not None and other else None
 
 
-def _beside_go(name: str, bound: float, part: str, row: str, figure: str, *, at_least: bool, step: Literal["A", "B", "C"] = "C",
+def _beside_go(name: str, bound: float, part: str, row: str, figure: str, *, at_least: bool, step: Literal["A", "B", "C", "F"] = "C",
                over: tuple[str, str] = ("ours", "go"), of: str = "× Go") -> Target:  # fmt: skip
     return Target(
         name=name, step=step, bound=bound, at_least=at_least, of=of,
@@ -311,6 +314,51 @@ def _isolation() -> list[Target]:
         for direction in ("read", "write")
         for row in [isolation.name_of(transport, direction)]
         for what, name, bound, at_least, of in (("rate", "rate", 0.9, True, "× before"), ("p99", "p99", 2, False, "× before"))
+    ]  # fmt: skip
+
+
+def _user_server() -> list[Target]:
+    part = userserver.PART
+
+    def of(row: str, way: str, figure: str) -> Callable[[Table], float | None]:
+        return lambda table: table.result(part, row, way).median(figure)
+
+    def added(table: Table) -> float | None:
+        ours, without = (of(userserver.AT_REST, way, "p99")(table) for way in ("ours", "without"))
+        return None if ours is None or without is None else ours - without
+
+    held = [userserver.held_name(userserver.WATCHES, http2) for http2 in (False, True)]
+    return [
+        _beside_go(f"requests/s, {row}{of_whom}", 2, part, row, "per_s", at_least=True, step="F", over=("ours", key), of="× the Go way")
+        for row, key, of_whom in (
+            (userserver.SATURATED, "go", ""),
+            (userserver.SATURATED, "go-user-server", ", beside its user server"),
+            (userserver.SATURATED_HTTP2, "go-user-server", ", beside its user server"),
+        )
+    ] + [
+        Target(name=f"added to the p99 of {userserver.AT_REST}", step="F", bound=10, at_least=False, of="ms", value=added,
+               subjects=((part, userserver.AT_REST, "ours"),)),
+        Target(name=f"p99, {userserver.EVENTS}", step="F", bound=20, at_least=False, of="ms", value=of(userserver.EVENTS, "ours", "p99"),
+               subjects=((part, userserver.EVENTS, "ours"),)),
+        _beside_go(userserver.STREAM, 1, part, userserver.STREAM, "mbit_s", at_least=True, step="F", over=("ours", "tunnel"), of="× the tunnel itself"),
+        *(
+            Target(name=f"{row}, {program}", step="F", bound=80, at_least=False, of="KiB each", value=of(row, "ours", program),
+                   subjects=((part, row, "ours"),))
+            for row in held for program in PROGRAMS
+        ),
+    ]  # fmt: skip
+
+
+def _kubectl() -> list[Target]:
+    part, pods = kubectl.PART, kubectl.pods_name(kubectl.PODS)
+
+    def echo(table: Table) -> float | None:
+        return table.result(part, kubectl.EXEC, "ours").median("p99")
+
+    return [
+        _beside_go(f"kubectl {pods}", 1.3, part, pods, "s", at_least=False, step="F", over=("ours", "without"), of="× direct"),
+        Target(name=f"p99, kubectl {kubectl.EXEC}", step="F", bound=15, at_least=False, of="ms", value=echo,
+               subjects=((part, kubectl.EXEC, "ours"),)),
     ]  # fmt: skip
 
 

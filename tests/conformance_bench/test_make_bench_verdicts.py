@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from bench import growth, isolation
+from bench import far, growth, isolation, kubectl, userserver
 from bench.agents import PART as AGENTS
 from bench.cases import LABELS, cases, read_name, write_name
+from bench.programs import NotMeasured
 from bench.samples import Result, Row, Sample, Table
 from bench.verdicts import Verdict, of_line, status_of, targets, verdicts
 
@@ -127,6 +128,11 @@ def test_each_target_is_about_something_that_is_measured() -> None:
         for transport in isolation.TRANSPORTS
         for direction in ("read", "write")
     }
+    held = [userserver.held_name(userserver.WATCHES, http2) for http2 in (False, True)]
+    of_http = {name: ways for name, ways in userserver.WAYS.items() if "ours" in ways}
+    measured |= {(userserver.PART, name, "ours") for name in (*of_http, *held)}
+    of_kubectl = [kubectl.pods_name(kubectl.PODS), kubectl.EXEC]
+    measured |= {(kubectl.PART, name, "ours") for name in of_kubectl}
     assert {subject for target in targets() for subject in target.subjects} <= measured
     assert all(target.subjects for target in targets())
 
@@ -136,5 +142,48 @@ def test_names_are_unique() -> None:
     assert len(named) == len(set(named))
     listed = [(case.part, case.name) for case in cases()]
     assert len(listed) == len(set(listed))
-    assert {key for case in cases() for key in case.contenders} == set(LABELS)
+    contenders = {key for case in cases() for key in case.contenders}
+    contenders |= {way for ways in userserver.WAYS.values() for way in ways} | set(kubectl.WAYS)
+    assert contenders == set(LABELS)
     assert AGENTS not in {case.part for case in cases()}
+
+
+def test_what_a_user_server_adds_is_the_difference_of_two() -> None:
+    def p99(ms: float) -> Result:
+        return Result(samples=(Sample(figures={"p99": ms}),))
+
+    found = row(userserver.PART, userserver.AT_REST, ours=p99(12), without=p99(3), go=p99(40))
+    name = f"added to the p99 of {userserver.AT_REST}"
+    assert (
+        verdict(Table([found]), name, "F").value,
+        verdict(Table([found]), name, "F").status,
+    ) == (
+        9,
+        "pass",
+    )
+    alone = row(userserver.PART, userserver.AT_REST, ours=p99(12))
+    assert verdict(Table([alone]), name, "F").status == "not measured"
+
+
+def test_each_program_on_the_way_has_its_share_of_what_stays_open() -> None:
+    name = userserver.held_name(userserver.WATCHES, http2=False)
+    each = dict.fromkeys(far.PROGRAMS, 40.0) | {"user-server": 81.0}
+    table = Table([row(userserver.PART, name, ours=Result(samples=(Sample(figures=each),)))])
+    for program in far.PROGRAMS:
+        wanted = "FAIL" if program == "user-server" else "pass"
+        assert verdict(table, f"{name}, {program}", "F").status == wanted
+
+
+def test_ways_take_turns_and_one_that_fails_is_left_out() -> None:
+    asked: list[str] = []
+
+    def measure(way: str) -> Sample:
+        asked.append(way)
+        if way == "go":
+            raise NotMeasured("it is not there")
+        return Sample(figures={"s": float(len(asked))})
+
+    found = userserver.in_turns("http", "name", measure, ("go", "ours"), 3, "s", "s", -1)
+    assert asked == ["go", "ours", "ours", "ours"]
+    assert found.results["go"] == Result(skipped="it is not there")
+    assert found.results["ours"].median("s") == 3
