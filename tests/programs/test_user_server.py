@@ -269,7 +269,7 @@ def test_logs_hold_no_secrets(shared: Stage) -> None:
     status, _ = shared.ask("/nobody2/api?token=secret1", Authorization="Bearer secret2")
     assert status == 502
     log = shared.hub.log("user-server")
-    assert "GET for cluster nobody2: proxy to anp-proxy-server failed because" in log
+    assert "request GET for cluster nobody2 failed: " in log
     assert "secret" not in log
 
 
