@@ -2,7 +2,7 @@
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo setup test test-fast kube-servers coverage conformance check bench docs chart image test-image e2e lock clean
+.PHONY: help demo setup test test-fast kube-servers coverage conformance check bench docs chart image test-image test-migration e2e lock clean
 
 PYTHON ?= python3
 GO ?= go
@@ -40,7 +40,7 @@ kube-servers: $(READY) go-is-here ## the Kubernetes, OCM and Prometheus of the t
 coverage: $(READY)
 	@$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -n auto --dist loadfile -m 'not programs and not kube and not image and not e2e' $(PYTEST_ARGS)
-	$(BIN)/coverage run -m pytest -m '(programs or kube) and not image and not e2e' $(PYTEST_ARGS)
+	$(BIN)/coverage run -m pytest -m '(programs or kube) and not image and not e2e and not migration' $(PYTEST_ARGS)
 	@$(BIN)/coverage combine -q
 	$(BIN)/coverage report --fail-under=90
 	$(BIN)/coverage report --fail-under=100 --include='$(SANS_IO)'
@@ -65,6 +65,9 @@ docs: $(READY) ## write docs/api.md and the pinned public surface anew
 chart: $(READY) go-is-here ## pack the Helm charts into dist/charts, with their index
 	@rm -rf dist/charts && mkdir -p dist/charts
 	PYTHONPATH=tests $(BIN)/python -m helm_programs dist/charts
+
+test-migration: $(READY) go-is-here kube-servers ## from the Go original to ours and back, under traffic (10 minutes)
+	$(BIN)/python -m pytest -m migration $(PYTEST_ARGS)
 
 test-image: $(READY) go-is-here ## the tests of the container image (root, buildah, podman, runc, debootstrap; 2 minutes, the first time 5)
 	$(BIN)/python -m pytest -m image $(PYTEST_ARGS)

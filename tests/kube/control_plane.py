@@ -14,6 +14,7 @@ import ssl
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_network
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -69,6 +70,8 @@ class Addresses:
     Attributes:
       pods: the first three numbers of the addresses of pods, which are 127.x.y.z.
       services: likewise of services.
+      cluster_ips: the network of which the apiserver gives addresses to Services; its own is the first.
+      names: more names of the apiserver, in its certificate.
     """
 
     apiserver: int
@@ -77,6 +80,8 @@ class Addresses:
     etcd_peer: int
     pods: str
     services: str
+    cluster_ips: str = "10.0.0.0/24"
+    names: tuple[str, ...] = ()
 
 
 def eventually(probe: Callable[[], T | None], what: str, *, within_s: float = 20.0) -> T:
@@ -186,7 +191,7 @@ class ControlPlane:
             "--service-account-issuer=https://kubernetes.default.svc",
             f"--service-account-signing-key-file={self.directory / 'accounts.key'}",
             f"--service-account-key-file={self.directory / 'accounts.key'}",
-            "--service-cluster-ip-range=10.0.0.0/24",
+            f"--service-cluster-ip-range={self.addresses.cluster_ips}",
             "--authorization-mode=RBAC",
             "--allow-privileged=true",
             "--endpoint-reconciler-type=none",
@@ -353,9 +358,12 @@ class ControlPlane:
         authority = trustme.CA()
         authority.cert_pem.write_to_path(self.ca)
         authority.private_key_pem.write_to_path(self.directory / "ca.key")
-        service = ("kubernetes", "kubernetes.default", "kubernetes.default.svc", "10.0.0.1")
+        own = str(next(ip_network(self.addresses.cluster_ips).hosts()))
+        service = ("kubernetes", "kubernetes.default", "kubernetes.default.svc", own)
         leaves = {
-            "apiserver": authority.issue_cert(_LOOPBACK, "localhost", *service),
+            "apiserver": authority.issue_cert(
+                _LOOPBACK, "localhost", *service, *self.addresses.names
+            ),
             # Without a name in its SAN that would be critical and empty, which Go refuses.
             "admin": authority.issue_cert(
                 "admin.test", common_name="admin", organization_name="system:masters"

@@ -26,6 +26,8 @@ from golden_objects import golden, original_rights
 from kube.installation import RBAC
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from kube.control_plane import Object
     from kube.installation import Installation
 
@@ -104,6 +106,27 @@ class GoAuthority:
             ),
         }
 
+    def sign(self, request: bytes) -> bytes:
+        """Return the certificate that an agent's request gets: what stands in it, and nothing else."""
+        asked = x509.load_pem_x509_csr(request)
+        begin = datetime.now(UTC).replace(microsecond=0) - timedelta(days=30)
+        names = asked.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        purposes = [ExtendedKeyUsageOID.CLIENT_AUTH]
+        return (
+            x509.CertificateBuilder()
+            .subject_name(asked.subject)
+            .issuer_name(self.certificate.subject)
+            .public_key(asked.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(begin)
+            .not_valid_after(begin + timedelta(days=180))
+            .add_extension(_usage(issues=False), critical=True)
+            .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
+            .add_extension(names, critical=False)
+            .sign(self.key, hashes.SHA256())
+            .public_bytes(Encoding.PEM)
+        )
+
 
 def _name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
@@ -142,16 +165,35 @@ def _identifier(key: rsa.RSAPrivateKey) -> bytes:
 
 def install(manager: Installation, situation: str) -> dict[tuple[str, str], Object]:
     """Make what the original has made in a situation, and return it by kind and name."""
-    theirs: dict[tuple[str, str], Any] = {
-        key: json.loads(json.dumps(obj).replace(_NAMESPACE, manager.namespace))
-        for key, obj in golden(situation).items()
-        if key[0] != "Namespace"
-    }
-    wanted = theirs.pop(("ManagedProxyConfiguration", "cluster-proxy"))
+    wanted = json.loads(
+        json.dumps(golden(situation)["ManagedProxyConfiguration", "cluster-proxy"]).replace(
+            _NAMESPACE, manager.namespace
+        )
+    )
     configuration = manager.configure(**wanted["spec"])
     manager.plane.patch(configuration, {"status": wanted["status"]}, subresource="status")
-    secrets = _secrets(GoAuthority.make(), manager.namespace)
-    made: dict[tuple[str, str], Object] = {}
+    sent = objects(situation, configuration, manager.namespace, GoAuthority.make())
+    return {
+        key: manager.plane.call(
+            "POST", manager.plane.path(obj["apiVersion"], obj["kind"], manager.namespace), obj
+        )
+        for key, obj in sent.items()
+    }
+
+
+def objects(
+    situation: str, configuration: Object, namespace: str, authority: GoAuthority, *hosts: str
+) -> dict[tuple[str, str], Object]:
+    """Return what the original makes in a situation for a configuration, by kind and name.
+
+    Certificates of servers are for these *hosts*, too.
+    """
+    theirs: dict[tuple[str, str], Any] = {
+        key: json.loads(json.dumps(obj).replace(_NAMESPACE, namespace))
+        for key, obj in golden(situation).items()
+        if key[0] not in {"Namespace", "ManagedProxyConfiguration"}
+    }
+    secrets = _secrets(authority, namespace, hosts)
     for key, obj in theirs.items():
         for field in _GIVEN:
             obj["metadata"].pop(field, None)
@@ -167,14 +209,15 @@ def install(manager: Installation, situation: str) -> dict[tuple[str, str], Obje
         if key == ("Secret", "proxy-server-ca"):
             text = json.dumps({"data": obj["data"]}, separators=(",", ":"))
             obj["metadata"]["annotations"][_HASH] = hashlib.sha256(text.encode()).hexdigest()
-        path = manager.plane.path(obj["apiVersion"], obj["kind"], manager.namespace)
-        made[key] = manager.plane.call("POST", path, obj)
-    return made
+    return theirs
 
 
-def _secrets(authority: GoAuthority, namespace: str) -> dict[str, dict[str, bytes]]:
+def _secrets(
+    authority: GoAuthority, namespace: str, more: Collection[str]
+) -> dict[str, dict[str, bytes]]:
     local = ["127.0.0.1", "localhost"]
-    hosts = [*local, f"proxy-entrypoint.{namespace}", f"proxy-entrypoint.{namespace}.svc"]
+    service = f"proxy-entrypoint.{namespace}"
+    hosts = [*local, service, f"{service}.svc", *more]
     user = "cluster-proxy-addon-user"
     names = [user, f"{user}.{namespace}", f"{user}.{namespace}.svc"]
     return {

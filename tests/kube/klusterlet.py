@@ -60,6 +60,7 @@ class Klusterlet(Background):
       driver: how add-ons get their rights on the hub: by a certificate, or as a service account by a token.
       lease_s: how long an add-on that renews its lease no more is available yet, a fifth of it.
       expiration_s: of the certificates and tokens that it asks for; None for what their signer thinks right.
+      hub_server: the hub's apiserver's URL for add-ons, if they find it elsewhere.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Klusterlet(Background):
         driver: Driver = "csr",
         lease_s: float = 60.0,
         expiration_s: int | None = None,
+        hub_server: str = "",
     ) -> None:
         super().__init__()
         self.hub = hub
@@ -79,6 +81,7 @@ class Klusterlet(Background):
         self.driver = driver
         self.lease_s = lease_s
         self.expiration_s = expiration_s
+        self.hub_server = hub_server
         self.user = f"{USER_PREFIX}{cluster}:agent"
         self.hub_kubeconfig = managed.directory / f"klusterlet.{cluster}.kubeconfig"
 
@@ -113,7 +116,7 @@ class Klusterlet(Background):
         user: Object = {"client-certificate": "tls.crt", "client-key": "tls.key"}
         if self.driver == "token":
             user = {"tokenFile": "token"}
-        return kubeconfig(self.hub.plane, user, namespace="configuration")
+        return kubeconfig(self.hub.plane, user, namespace="configuration", server=self.hub_server)
 
     async def _get_certificate(self) -> None:
         """Get the certificate that makes it its cluster's, by the rights that everybody has to ask for one."""

@@ -19,12 +19,18 @@ if TYPE_CHECKING:
 Object = dict[str, Any]
 
 
-def kubeconfig(plane: ControlPlane, user: Object, *, namespace: str = "") -> str:
-    """Return a kubeconfig of a control plane, with the names that OCM's klusterlet gives its parts."""
+def kubeconfig(plane: ControlPlane, user: Object, *, namespace: str = "", server: str = "") -> str:
+    """Return a kubeconfig of a control plane, with the names that OCM's klusterlet gives its parts.
+
+    *server* is its URL where that is not the one here.
+    """
     context = {"cluster": "hub", "user": "default-auth"} | (
         {"namespace": namespace} if namespace else {}
     )
-    cluster = {"server": plane.server, "certificate-authority-data": encoded(plane.ca.read_bytes())}
+    cluster = {
+        "server": server or plane.server,
+        "certificate-authority-data": encoded(plane.ca.read_bytes()),
+    }
     return json.dumps(
         {
             "apiVersion": "v1",

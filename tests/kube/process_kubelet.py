@@ -3,7 +3,8 @@
 The pods come from the real Deployment and ReplicaSet controllers, and what they tell about themselves goes back there.
 There is no scheduler: a pod without a node gets this one. What a container would see under a mount's path is in a
 folder, and its arguments and variables are changed to name that; only the service account's token is where programs look
-for it, in a mount namespace of the process (which needs root, or user namespaces).
+for it, in a mount namespace of the process (which needs root, or user namespaces). With a :class:`Sandbox` for each pod
+nothing is changed: the container's command sees its mounts at their paths.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import os
 import re
 import subprocess
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import httpx
 import trio
@@ -24,7 +25,7 @@ from kube.mirror import MERGE, Calls, Mirror
 from kube.volumes import NotThereError, contents, expanded, moved, publish
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from kube.control_plane import ControlPlane
@@ -42,12 +43,34 @@ _SHOW_ACCOUNT: Final = (
 )
 
 
+class Sandbox(Protocol):
+    """Where the containers of one pod run.
+
+    Attributes:
+      address: the pod's.
+      variables: what all containers find in their environment.
+    """
+
+    address: str
+    variables: Mapping[str, str]
+
+    def enter(self, container: Object, mounts: Mapping[str, Path]) -> tuple[str, ...]:
+        """Return what is put before the commands of a container, which has folders mounted at paths."""
+
+    def join(self, pid: int) -> tuple[str, ...]:
+        """Return what is put before a command that is to run beside a container's process."""
+
+    def close(self) -> None:
+        """Remove it, after the end of all containers."""
+
+
 class ProcessKubelet(Background):
     """Runs the pods of a namespace while its block lasts, in a thread of its own.
 
     Args:
       commands: what is run, by the first word of a container's command, or by its image if it has no command.
       directory: of the pods: volumes, and one log a container; and of each a file for kubeletd/, see :mod:`kube.node`.
+      sandbox: makes a pod's sandbox; *commands* are not used then.
     """
 
     def __init__(
@@ -56,8 +79,11 @@ class ProcessKubelet(Background):
         namespace: str,
         commands: Mapping[str, Command],
         directory: Path,
+        *,
+        sandbox: Callable[[Object], Sandbox] | None = None,
     ) -> None:
         super().__init__()
+        self.sandbox = sandbox
         self.plane = plane
         self.namespace = namespace
         self.commands = commands
@@ -69,6 +95,10 @@ class ProcessKubelet(Background):
         self.calls: Calls
         self.probes: httpx.AsyncClient
         self._running: dict[str, _Pod] = {}
+
+    def commands_of(self, image: str) -> Mapping[str, Command]:
+        """Return what is run in containers of an image; for subclasses, here it is the same for all."""
+        return self.commands
 
     def log(self, pod: str, container: str | None = None) -> str:
         """Return what the containers of a pod have written, or one of them."""
@@ -126,6 +156,8 @@ class ProcessKubelet(Background):
         finally:
             del self._running[uid]
             pod.tell_of_end()
+            if pod.sandbox is not None:
+                pod.sandbox.close()
 
 
 class _Pod:
@@ -137,7 +169,8 @@ class _Pod:
         self.uid: str = pod["metadata"]["uid"]
         self.spec: Object = pod["spec"]
         self.first = pod
-        self.address = kubelet.plane.pod_address()
+        self.sandbox = None if kubelet.sandbox is None else kubelet.sandbox(pod)
+        self.address = self.sandbox.address if self.sandbox else kubelet.plane.pod_address()
         self.folder: Path = kubelet.directory / self.name
         self.path = f"/api/v1/namespaces/{kubelet.namespace}/pods/{self.name}"
         self.containers: list[Container] = []
@@ -290,11 +323,15 @@ class _Pod:
             mounts[mount["mountPath"].rstrip("/")] = (
                 folder / mount["subPath"] if "subPath" in mount else folder
             )
-        token = mounts.pop(_ACCOUNT_FOLDER, None)
+        before: tuple[str, ...] = ()
+        if self.sandbox is not None:
+            before, mounts = self.sandbox.enter(spec, mounts), {}
+        elif (token := mounts.pop(_ACCOUNT_FOLDER, None)) is not None:
+            before = shows_account(token)
         variables = self._variables(spec, mounts)
         own = [*spec.get("command", [spec["image"]]), *spec.get("args", [])]
         log = self.folder / f"{spec['name']}.log"
-        before = () if token is None else shows_account(token)
+        commands = self.kubelet.commands_of(spec["image"])
         stdin = self.folder / f"{spec['name']}.stdin" if spec.get("stdin") else None
         if stdin is not None and not stdin.exists():
             os.mkfifo(stdin)
@@ -302,7 +339,7 @@ class _Pod:
             "log": str(log),
             "stdin": "" if stdin is None else str(stdin),
             "command": before,
-            "programs": {name: command.program for name, command in self.kubelet.commands.items()},
+            "programs": {name: command.program for name, command in commands.items()},
             "folder": str(self.folder),
             "environment": [f"{name}={value}" for name, value in variables.items()],
             "mounts": [(path, str(mounts[path])) for path in sorted(mounts, key=len, reverse=True)],
@@ -310,8 +347,10 @@ class _Pod:
 
         def launch(command: list[str] | None) -> subprocess.Popen[bytes]:
             words = [moved(expanded(word, variables), mounts) for word in command or own]
-            line = command_line(
-                words, self.kubelet.commands, self.address, hook=command is not None
+            line = (
+                words
+                if self.sandbox
+                else command_line(words, commands, self.address, hook=command is not None)
             )
             with contextlib.ExitStack() as files:
                 output = files.enter_context(log.open("ab"))
@@ -332,12 +371,18 @@ class _Pod:
     def _variables(self, spec: Object, mounts: Mapping[str, Path]) -> dict[str, str]:
         apiserver = httpx.URL(self.kubelet.plane.server)
         variables = {
-            # Of the test run only what programs need to start, and to be measured.
-            **{k: v for k, v in os.environ.items() if re.match(r"PATH$|LANG$|LC_|COVERAGE_", k)},
-            "HOME": str(self.folder),
             "HOSTNAME": self.name,
-            "KUBERNETES_SERVICE_HOST": apiserver.host,
-            "KUBERNETES_SERVICE_PORT": str(apiserver.port),
+            **(
+                self.sandbox.variables
+                if self.sandbox
+                else {
+                    # Of the test run only what programs need to start, and to be measured.
+                    **_of_this_run(),
+                    "HOME": str(self.folder),
+                    "KUBERNETES_SERVICE_HOST": apiserver.host,
+                    "KUBERNETES_SERVICE_PORT": str(apiserver.port),
+                }
+            ),
         }
         for variable in spec.get("env", []):
             if "valueFrom" in variable:
@@ -366,10 +411,12 @@ class _Pod:
 
     def _tell(self) -> None:
         """Write what kubeletd/pods.go reads."""
-        containers = {
-            container.name: {"pid": container.pid, **self._beside[container.name]}
-            for container in self.containers
-        }
+        containers: dict[str, Object] = {}
+        for container in self.containers:
+            told_of = {"pid": container.pid, **self._beside[container.name]}
+            if self.sandbox is not None:
+                told_of |= {"command": self.sandbox.join(container.pid), "programs": {}}
+            containers[container.name] = told_of
         told = {
             "uid": self.uid,
             "namespace": self.kubelet.namespace,
@@ -437,6 +484,10 @@ class _Pod:
             ],
             "containerStatuses": statuses,
         }
+
+
+def _of_this_run() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if re.match(r"PATH$|LANG$|LC_|COVERAGE_", k)}
 
 
 def _condition(kind: str, *, good: bool, since: str) -> Object:

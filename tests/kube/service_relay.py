@@ -95,9 +95,7 @@ class ServiceRelay(Background):
             except OSError:
                 _reset(client)
                 return
-            async with pod, trio.open_nursery() as nursery:
-                nursery.start_soon(_copy, client, pod)
-                nursery.start_soon(_copy, pod, client)
+            await join(client, pod)
 
         await trio.serve_listeners(handle, [listener])
 
@@ -136,6 +134,13 @@ def _target(port: Object, pod: Object) -> int:
                 number: int = own["containerPort"]
                 return number
     raise AssertionError(f"{pod['metadata']['name']} has no port {target}")
+
+
+async def join(one: trio.SocketStream, other: trio.SocketStream) -> None:
+    """Copy what each of two streams brings into the other, until both have ended."""
+    async with other, trio.open_nursery() as nursery:
+        nursery.start_soon(_copy, one, other)
+        nursery.start_soon(_copy, other, one)
 
 
 async def _copy(source: trio.SocketStream, sink: trio.SocketStream) -> None:

@@ -160,16 +160,18 @@ class Traffic:
         while self.done < done:
             await self._one_more.wait()
 
-    async def _dial(self, address: str) -> None:
-        began = trio.current_time()
-        tls = clusterproxy.ClientTLS(
+    def tls(self) -> clusterproxy.ClientTLS:
+        return clusterproxy.ClientTLS(
             ca_cert=str(self.folder / "client-ca.crt"),
             cert=str(self.folder / "client.crt"),
             key=str(self.folder / "client.key"),
             server_name="localhost",
         )
+
+    async def _dial(self, address: str) -> None:
+        began = trio.current_time()
         try:
-            opened = clusterproxy.open_tunnel(self.server, tls=tls, reusable=False)
+            opened = clusterproxy.open_tunnel(self.server, tls=self.tls(), reusable=False)
             async with opened as tunnel, await tunnel.dial(address) as stream:
                 await stream.send_all(b"hello")
                 answer = await stream.receive_some(100)

@@ -333,6 +333,40 @@ async def test_certificates_of_client_and_server(kubeconfig: Path, tmp_path: Pat
             await ask(server, config)
 
 
+def test_what_a_kubeconfig_has_in_itself_gets_no_file(
+    kubeconfig: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pod's root is read-only, and a key is better on no disk."""
+    certificate, key = write_pair(trustme.CA(), tmp_path, "client", "me")
+    encoded = {
+        f"{name}-data": base64.b64encode(Path(path).read_bytes()).decode()
+        for name, path in (("client-certificate", certificate), ("client-key", key))
+    }
+
+    def refused(*_: object, **__: object) -> None:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.mkstemp", refused)
+
+    def open_files() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    counts = set()
+    for number in range(40):
+        authority = base64.b64encode(
+            f"# {number}\n{trustme.CA().cert_pem.bytes().decode()}".encode()
+        ).decode()
+        cluster = {"certificate-authority-data": authority}
+        write_kubeconfig(kubeconfig, "https://127.0.0.1:1", user=encoded, cluster=cluster)
+        sessions = session_module.Sessions(str(kubeconfig))
+        # Twice: what is known already is the same file.
+        assert session_module.Sessions(str(kubeconfig)).current().target("x").context is not None
+        sessions.close()
+        if number > 20:
+            counts.add(open_files())
+    assert len(counts) == 1, counts
+
+
 async def test_a_certificate_must_fit(kubeconfig: Path, tmp_path: Path) -> None:
     authority = trustme.CA()
     context = _server_context(authority, tmp_path, "apiserver.test")

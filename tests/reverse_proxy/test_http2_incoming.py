@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import h2.events
 import h2.settings
@@ -12,6 +12,7 @@ import trio.testing
 from proxy_stage import OK, Http2Peer, Peer, staged
 
 from clusterproxy.reverse_proxy.exchange import Answer, Request
+from clusterproxy.reverse_proxy.http2_server import Http2Exchange
 from clusterproxy.reverse_proxy.limits import ServerLimits
 
 if TYPE_CHECKING:
@@ -369,6 +370,49 @@ async def test_what_is_no_request(
             await client.body(number)
         assert not stage.requests
         assert stage.dials == 0
+
+
+async def test_more_fields_than_an_honest_request_has(autojump_clock: object) -> None:
+    async with staged() as stage:
+        client = await stage.http2_client()
+        number = await client.request(*((b"a", b"") for _ in range(10_001)))
+        assert (await client.response(number))[0] == 431
+        assert not stage.requests
+
+
+async def test_large_heads_take_turns_with_everybody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte can be a whole field: what is read at once is little."""
+    opened = 0
+    unpatched = Http2Exchange.open
+
+    def count(*args: Any, **options: Any) -> int:
+        nonlocal opened
+        opened += 1
+        return unpatched(*args, **options)
+
+    monkeypatch.setattr(Http2Exchange, "open", count)
+    async with staged() as stage:
+
+        async def decide(request: Request) -> Answer:
+            return Answer(403, "no")
+
+        stage.decide = decide
+        client = await stage.http2_client()
+        for _ in range(120):
+            number = client.h2.get_next_available_stream_id()
+            head = [(b":method", b"GET"), (b":scheme", b"https"), (b":path", b"/")]
+            fields = [(b":authority", b"a"), *((b"a", b"") for _ in range(1000))]
+            client.h2.send_headers(number, [*head, *fields], end_stream=True)
+        data = client.h2.data_to_send()
+        assert len(data) > 100_000
+        most = before = 0
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.stream.send_all, data)
+            while opened < 120:
+                await trio.lowlevel.checkpoint()
+                most, before = max(most, opened - before), opened
+        # Two reads can be neighbours.
+        assert most <= 70
 
 
 async def test_a_body_of_another_length_than_was_said(autojump_clock: object) -> None:

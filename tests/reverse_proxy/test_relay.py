@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 import trio.testing
+from harness import tcp_pair
 from proxy_stage import GET, OK, Peer, staged
 
 from clusterproxy.errors import DialError, DialReason
@@ -426,6 +428,22 @@ async def test_too_many_informational_responses(autojump_clock: object) -> None:
         assert answer.count(b"HTTP/1.1 102 Processing\r\n\r\n") == 100
 
 
+async def test_informational_responses_that_are_too_large(autojump_clock: object) -> None:
+    """A client that takes nothing has all of them kept."""
+    async with staged() as stage:
+        client = stage.client()
+        await client.send(GET)
+        origin = await stage.dialled()
+        hints = b"HTTP/1.1 103 Early Hints\r\nLink: %b\r\n\r\n" % (b"a" * 300_000)
+        with suppress(trio.BrokenResourceError):
+            for _ in range(10):
+                await origin.send(hints)
+        answer = await client.until(
+            b"failed because net/http: too many 1xx informational responses\n"
+        )
+        assert answer.count(b"HTTP/1.1 103 Early Hints\r\n") == 3
+
+
 async def test_http_1_0_hears_nothing_of_1xx(autojump_clock: object) -> None:
     async with staged() as stage:
         client = stage.client()
@@ -640,6 +658,26 @@ async def test_an_origin_that_is_not_reached(autojump_clock: object) -> None:
         assert b"No agent available" in await client.until(b"\n")
         assert stage.notes.results == [("GET", 502)]
         assert stage.notes.failures == ["the origin"]
+
+
+async def test_not_all_that_fails_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Anybody may ask for a cluster that there is not, with a method of his own."""
+    async with staged() as stage:
+        stage.refusal = DialError(DialReason.ENDPOINT, "No agent available", address="c1:7443")
+        client = stage.client()
+        for _ in range(200):
+            await client.send(request(method=b"A" * 1000))
+            await client.until(b"No agent available")
+            await client.until(b"\n")
+        told = [record for record in caplog.records if record.levelname == "WARNING"]
+        assert 10 <= len(told) < 100
+        assert max(len(record.getMessage()) for record in told) < 300
+        assert stage.notes.failures == ["the origin"] * 200
+        await trio.sleep(1)
+        caplog.clear()
+        await client.send(GET)
+        await client.until(b"No agent available")
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 @pytest.mark.parametrize("method", [b"GET", b"HEAD", b"OPTIONS", b"TRACE"])
@@ -899,6 +937,27 @@ async def test_a_client_that_leaves_while_it_is_read(autojump_clock: object) -> 
         assert stage.notes.results == [("POST", 499)]
 
 
+async def test_a_client_that_resets_while_nobody_takes_its_body() -> None:
+    """Otherwise it would leave behind a connection to the origin for each that it had, for as long as the origin likes."""
+    async with staged() as stage:
+        stage.sockets = True
+        ours, theirs = tcp_pair()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stage.server.serve, theirs)
+            client = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+            await client.send_all(request(b"Content-Length: 100000000", method=b"POST"))
+            origin = await stage.dialled()
+            await stage.asked(origin)
+            with trio.move_on_after(1):
+                await client.send_all(bytes(50_000_000))
+            assert stage.notes.open == 1
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes((1, 0, 0, 0, 0, 0, 0, 0)))
+            await client.aclose()
+            with trio.fail_after(10):
+                while stage.notes.open:  # noqa: ASYNC110
+                    await trio.sleep(0.01)
+
+
 async def test_a_client_that_has_left_before_its_body_was_read(autojump_clock: object) -> None:
     async with staged() as stage:
         client = stage.client()
@@ -906,7 +965,7 @@ async def test_a_client_that_has_left_before_its_body_was_read(autojump_clock: o
         origin = await stage.dialled()
         await stage.asked(origin)
         (connection,) = stage.server.http1
-        connection.hung_up()
+        connection.hung_up(False)
         await trio.sleep(1)
         assert stage.notes.open == 1
         await client.send(b"hello")

@@ -21,6 +21,7 @@ from harness import (
     serving,
     settle,
     socket_pair,
+    tcp_pair,
     values,
 )
 
@@ -28,7 +29,7 @@ from clusterproxy.http2.connection import Http2Connection
 from clusterproxy.http2.limits import Http2Limits
 from clusterproxy.rpc.channel import start_call
 from clusterproxy.rpc.server import RpcServer
-from clusterproxy.server.agent_identity import identified_opener
+from clusterproxy.server.agent_identity import ClientCheck, identified_opener
 from clusterproxy.server.backend import backend_opener
 from clusterproxy.transport.stream import Transport
 from clusterproxy.transport.tls import client_context, server_context
@@ -195,6 +196,34 @@ async def test_an_agent_serves_its_own_cluster_only(
         good = await here.agent("host=cluster2", agent_id="b", beside=wrong)
         assert good.closed_with is None
         assert len(here.server.state.pool.backends) == 2
+
+
+async def test_a_client_that_is_an_agent_and_has_gone(
+    authority: trustme.CA, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """How it is refused while it is there is in test_server_app.py."""
+    write_ca(authority, tmp_path)
+    write_pair(authority, tmp_path, "server", "server.test")
+    ca = str(tmp_path / "ca.crt")
+    cert, key = write_agent_pair(authority, tmp_path, "agent", URI)
+    common: dict[str, Any] = {"cipher_suites": (), "min_version": "", "alpn": ["h2"]}
+    pair = [str(tmp_path / f"server.{each}") for each in ("crt", "key")]
+    listening = server_context(cert=pair[0], key=pair[1], client_ca=ca, **common)
+    dialling = client_context(ca=ca, cert=cert, key=key, alpn=["h2"])
+    ours, theirs = tcp_pair()
+    near = Transport(ours, dialling, server_hostname="server.test")
+    far = Transport(theirs, listening, server_side=True)
+    async with serving(agent_identity="verify", proxy_strategies=("destHost",)) as server:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(near.handshake)
+            nursery.start_soon(far.handshake)
+        near.close(reset=True)
+        with contextlib.suppress(trio.BrokenResourceError):
+            assert not await far.receive()
+        assert not ClientCheck(server.state).admits(far)
+        far.close()
+        assert values(server.metrics.rejected_agents_total) == {"client": 1}
+        assert "it connects as a client" in caplog.text
 
 
 async def test_a_floods_warnings_are_few(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -428,6 +429,48 @@ async def test_each_connection_is_looked_at_anew(
         assert (await come()).closed_with is None
         _, metrics = await program.get("health-port", "/metrics")
         assert 'clusterproxy_rejected_agents_total{reason="foreign_identifier"} 1' in metrics
+
+
+@pytest.mark.parametrize("uri", [f"{CLUSTER_URI}cluster1", CLUSTER_URI.upper(), b"urn:a\xff"])
+@pytest.mark.parametrize("mode", ["grpc", "http-connect"])
+async def test_an_agent_reaches_no_other_cluster_as_a_client(
+    uri: str | bytes,
+    mode: str,
+    authority: trustme.CA,
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One authority signs for agents and for clients, and agents may forward any port of a server's pod."""
+    config |= {"agent_identity": "verify", "proxy_strategies": ("destHost",), "mode": mode}
+    write_agent_pair(authority, tmp_path, "mine", uri)
+    async with running(config, monkeypatch, tmp_path) as program:
+        alpn = ["h2"] if mode == "grpc" else ["http/1.1"]
+        for _ in range(2):
+            transport = await program.transport("server-port", alpn, pair="mine")
+            with contextlib.suppress(trio.BrokenResourceError):
+                assert not await transport.receive()
+            transport.close()
+        _, metrics = await program.get("health-port", "/metrics")
+        assert 'clusterproxy_rejected_agents_total{reason="client"} 2' in metrics
+        [record] = [each for each in caplog.records if each.levelno == logging.WARNING]
+        assert record.getMessage().startswith("agent refused: it connects as a client: ")
+        if mode == "grpc":
+            assert (await program.client()).closed_with is None
+
+
+async def test_agents_may_be_clients_where_nobody_looks(
+    authority: trustme.CA,
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    write_agent_pair(authority, tmp_path, "mine", f"{CLUSTER_URI}cluster1")
+    async with running(config, monkeypatch, tmp_path) as program:
+        assert (await program.client(pair="mine")).closed_with is None
 
 
 @pytest.mark.parametrize(

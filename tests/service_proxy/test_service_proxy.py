@@ -85,15 +85,15 @@ class World:
     token_file: Path
     metrics: ServiceProxyMetrics
 
-    async def ask(self, *headers: tuple[bytes, bytes], **target: str) -> Answer | Forward:
+    async def ask(
+        self, *headers: tuple[bytes, bytes], peer: str = "127.0.0.1", **target: str
+    ) -> Answer | Forward:
         said = {"proto": "https", "namespace": "default", "service": "kubernetes", "port": "443"}
         sent = [
             (f"cluster-proxy-{name}".encode(), value.encode())
             for name, value in (said | target).items()
         ]
-        request = Request(
-            method="GET", target=b"/api?x=%2F", headers=[*sent, *headers], peer="127.0.0.1"
-        )
+        request = Request(method="GET", target=b"/api?x=%2F", headers=[*sent, *headers], peer=peer)
         return await self.proxy.decide(request)
 
     async def forwarded(self, *headers: tuple[bytes, bytes], **target: str) -> Headers:
@@ -374,6 +374,36 @@ async def test_one_review_for_all_who_come_at_once(
     assert (it.managed.reviews, it.hub.reviews) == (2, 2)
     await it.forwarded((b"authorization", b"Bearer other"))
     assert (it.managed.reviews, it.hub.reviews) == (3, 3)
+
+
+@pytest.mark.parametrize("peer", ["127.0.0.1", "::1", "10.0.0.7"])
+async def test_one_who_sends_many_tokens_keeps_nobody_waiting(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, peer: str
+) -> None:
+    """Through the tunnel all come from this pod; the user server says who they are. Nobody else is believed in that."""
+    it = world(tmp_path, hub=known("u"))
+    reviewed: list[str] = []
+
+    async def review(_resource: object, obj: Any) -> Any:
+        reviewed.append(obj["spec"]["token"])
+        await trio.sleep(1)
+        return UNKNOWN
+
+    monkeypatch.setattr(it.managed.api, "create", review)
+
+    async def ask(token: str, *forwarded_for: bytes) -> None:
+        said = [(b"x-forwarded-for", value) for value in forwarded_for]
+        await it.ask(*said, (b"authorization", f"Bearer {token}".encode()), peer=peer)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(40):
+            if number == 20:
+                nursery.start_soon(ask, "honest", b"192.0.2.9, 192.0.2.1")
+                await wait_all_tasks_blocked()
+            # What a client says of itself stands in front.
+            nursery.start_soon(ask, str(number), b"192.0.2.%d" % number, b"198.51.100.1")
+            await wait_all_tasks_blocked()
+    assert (reviewed.index("honest") < 16) is (peer != "10.0.0.7")
 
 
 async def test_nothing_is_kept_if_that_is_wanted(tmp_path: Path) -> None:

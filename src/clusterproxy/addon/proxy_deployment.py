@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from clusterproxy.gotext import parse_duration
-from clusterproxy.kube.resource import list_at
+from clusterproxy.kube.resource import list_at, map_at, value_at
 from clusterproxy.kube.tls_profile import TlsProfile
 
 from .configuration import PROXY_SERVER_CA_SECRET, Ports
@@ -50,6 +50,30 @@ def tls_of(deployment: Object) -> TlsProfile:
     return TlsProfile(arguments.text("tls-min-version") or "VersionTLS12", suites)
 
 
+def replicas_for_now(present: Object, wanted: int) -> int:
+    """Return how many servers there are to be, of which *wanted* are configured, beside a Deployment that is there or empty.
+
+    Of a Deployment that changes in both, Kubernetes first makes more pods of the old kind (pkg/controller/deployment/sync.go,
+    ``scale``). Those would tell agents the old number of servers, so that no agent comes to them, and dials would wait there
+    in vain. So the servers that are there are replaced before there are more.
+    """
+    replicas, status = value_at(present, "spec", "replicas"), map_at(present, "status")
+    if not isinstance(replicas, int) or wanted <= replicas or not status.get("readyReplicas"):
+        # Nobody is there who could lose anything.
+        return wanted
+    containers = list_at(present, "spec", "template", "spec", "containers")
+    replaced = (
+        any(_server_count(wanted) in list_at(each, "args") for each in containers)
+        and status.get("observedGeneration") == value_at(present, "metadata", "generation")
+        and status.get("updatedReplicas") == status.get("replicas") == replicas
+    )
+    return wanted if replaced else replicas
+
+
+def _server_count(replicas: int) -> str:
+    return f"--server-count={replicas}"
+
+
 def proxy_deployment(
     configuration: ProxyConfiguration,
     tls_min_version: str,
@@ -66,7 +90,7 @@ def proxy_deployment(
         ("proxy-agent-certs", secrets.agent_server, "/etc/agent-pki/"),
     )
     args = [
-        f"--server-count={server.replicas}",
+        _server_count(server.replicas),
         "--proxy-strategies=destHost",
         "--server-ca-cert=/etc/server-ca-pki/ca.crt",
         "--server-cert=/etc/server-pki/tls.crt",

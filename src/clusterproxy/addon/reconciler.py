@@ -53,7 +53,7 @@ from .findings import (
 from .hub_certificates import HubCertificates
 from .hub_objects import hub_objects, load_balancer, owner_reference, wanted_leaves
 from .objects import PASSING, NameTaken, ensure, find, patiently
-from .proxy_deployment import SELECTOR, SERVICE_ACCOUNT, tls_of
+from .proxy_deployment import SELECTOR, SERVICE_ACCOUNT, replicas_for_now, tls_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -73,6 +73,8 @@ _log = logging.getLogger("clusterproxy.addon")
 
 #: Even if nothing is told to have changed, each configuration is looked at so often: certificates age.
 RESYNC_S: Final = 600.0
+# Until proxy servers are replaced, so that there can be more of them.
+_SERVERS_REPLACED_S: Final = 1.0
 
 # What goes away by itself is told of when it has not after so many attempts, which is after some seconds.
 _PATIENCE: Final = 5
@@ -206,11 +208,11 @@ class ConfigurationReconciler:
             self._contention(configuration),
             findings,
         )
-        await self._deploy(configuration, bundle, findings)
+        again = await self._deploy(configuration, bundle, findings)
         if seen is None:
             findings.withdrawn.add(CA_ROTATION)
-            return RESYNC_S
-        return min(RESYNC_S, await self._progress.go_on(live, seen, now, findings))
+            return again
+        return min(again, await self._progress.go_on(live, seen, now, findings))
 
     def _read(self, live: Object, findings: Findings) -> ProxyConfiguration:
         try:
@@ -314,15 +316,14 @@ class ConfigurationReconciler:
 
     async def _deploy(
         self, configuration: ProxyConfiguration, bundle: bytes, findings: Findings
-    ) -> None:
-        """See to all other objects."""
+    ) -> float:
+        """See to all other objects; return in how many seconds to look again."""
+        server, again = configuration.proxy_server, RESYNC_S
+        servers = await self._find(DEPLOYMENTS, configuration.name, server.namespace) or {}
         profile, _ = self._tls()
         if profile is None:
             # Not known, after a restart: what the servers have was good once.
-            present = await self._find(
-                DEPLOYMENTS, configuration.name, configuration.proxy_server.namespace
-            )
-            profile = tls_of(present or {})
+            profile = tls_of(servers)
         account = await self._find(
             SERVICE_ACCOUNTS, SERVICE_ACCOUNT, configuration.proxy_server.namespace
         )
@@ -336,6 +337,10 @@ class ConfigurationReconciler:
         ):
             if resource is SECRETS and configuration.signer_type is SignerType.PROVIDED:
                 continue
+            if resource is DEPLOYMENTS:
+                for_now = replicas_for_now(servers, server.replicas)
+                if for_now != server.replicas:
+                    rendered["spec"]["replicas"], again = for_now, _SERVERS_REPLACED_S
             step = partial(ensure, self._api, resource, rendered, self._contention(configuration))
             try:
                 present = await patiently(step)
@@ -347,6 +352,7 @@ class ConfigurationReconciler:
             if resource is DEPLOYMENTS:
                 replicas = value_at(present, "status", "replicas") or 0
                 findings.note(DEPLOYED, True, "SuccessfullyDeployed", f"Replicas: {replicas}")
+        return again
 
     async def _find(
         self, resource: Resource, name: str, namespace: str | None = None

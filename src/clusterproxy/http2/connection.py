@@ -176,7 +176,7 @@ class Http2Connection:
     async def _read(self) -> None:
         transport, outbox = self._transport, self._outbox
         while not self.lost:
-            view = await transport.receive()
+            view = await transport.receive(self.limits.max_read)
             if not view:
                 self.lost = "connection closed by the peer"
                 return

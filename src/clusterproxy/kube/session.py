@@ -7,8 +7,10 @@ the environment) and the urllib3 pool that it makes, not its models: objects sta
 from __future__ import annotations
 
 import logging
+import os
 import ssl
 import threading
+from collections import OrderedDict
 from pathlib import Path
 from time import monotonic as _monotonic
 from typing import TYPE_CHECKING, Any, Final
@@ -34,6 +36,32 @@ _log = logging.getLogger("clusterproxy.kube")
 # They have no types.
 _in_cluster: Any = incluster_config
 _files: Any = kube_config
+
+# Of two kubeconfigs, one of them just read anew, with room to spare.
+_KEPT_IN_MEMORY: Final = 16
+_in_memory: OrderedDict[bytes, int] = OrderedDict()
+_in_memory_lock = threading.Lock()
+
+
+def _file_in_memory(content: str | bytes, *_: object, **__: object) -> str:
+    """Return the path of a file with this content, of a certificate or key that the kubeconfig has in itself.
+
+    A pod's root may be read-only, with no place for files; and a key is better on no disk.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    with _in_memory_lock:
+        if data in _in_memory:
+            _in_memory.move_to_end(data)
+        else:
+            _in_memory[data] = file = os.memfd_create("kubeconfig")
+            with open(file, "wb", closefd=False) as written:
+                written.write(data)
+            if len(_in_memory) > _KEPT_IN_MEMORY:
+                os.close(_in_memory.popitem(last=False)[1])
+        return f"/proc/self/fd/{_in_memory[data]}"
+
+
+_files._create_temp_file_with_content = _file_in_memory  # noqa: SLF001  it takes no other
 
 # As client-go (transport/token_source.go: cachingTokenSource).
 _TOKEN_PERIOD_S: Final = 60.0

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import select
-from typing import TYPE_CHECKING, Never
+from typing import TYPE_CHECKING, Final, Never
 
 import trio
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_GONE: Final = select.EPOLLHUP | select.EPOLLERR
 
-def _nothing() -> None:
+
+def _nothing(_gone: bool) -> None:
     """Nobody listens any more."""
 
 
@@ -24,10 +26,10 @@ class HangupWatch:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._told: dict[int, Callable[[], None]] = {}
+        self._told: dict[int, Callable[[bool], None]] = {}
 
-    def watch(self, fd: int, on_hangup: Callable[[], None]) -> None:
-        """Call *on_hangup* once when the peer of this socket has gone."""
+    def watch(self, fd: int, on_hangup: Callable[[bool], None]) -> None:
+        """Call *on_hangup* when the peer of this socket has ended its side, and with True when it takes no more either."""
         self._told[fd] = on_hangup
         self._epoll.register(fd, select.EPOLLRDHUP | select.EPOLLET)
 
@@ -41,9 +43,9 @@ class HangupWatch:
         try:
             while True:
                 await trio.lowlevel.wait_readable(self._epoll.fileno())
-                for fd, _ in self._epoll.poll(0):
+                for fd, events in self._epoll.poll(0):
                     # One of the same batch may have made an end of it.
-                    self._told.get(fd, _nothing)()
+                    self._told.get(fd, _nothing)(bool(events & _GONE))
         finally:
             self._told.clear()
             self._epoll.close()

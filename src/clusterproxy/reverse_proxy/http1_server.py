@@ -97,8 +97,13 @@ class Http1Connection:
 
     def close(self, *, reset: bool = False) -> None:
         """Close at once. Idempotent."""
-        self.on_close()
+        self.release()
         self.transport.close(reset=reset)
+
+    def release(self) -> None:
+        """Have nobody watch the socket any more. Idempotent: another socket may soon have its number."""
+        on_close, self.on_close = self.on_close, _nothing
+        on_close()
 
     async def _serve_one(self) -> bool:
         """Serve one request; return whether another may follow."""
@@ -220,11 +225,12 @@ class Http1Connection:
             raise ClientGone(str(error)) from error
         return False
 
-    def hung_up(self) -> None:
-        """The client has ended its side, perhaps without our having read all it sent."""
+    def hung_up(self, gone: bool) -> None:
+        """The client has ended its side, perhaps without our having read all it sent; *gone*: it takes no answer."""
         self.hung = True
-        # As Go: whoever has no more to say does not wait for an answer.
-        if self.exchange is not None and self.exchange.body_done:
+        # As Go: whoever has no more to say does not wait for an answer. Whom an answer cannot reach is not
+        # waited for even where nobody reads what he has sent.
+        if self.exchange is not None and (gone or self.exchange.body_done):
             self.exchange.leave()
 
     def drain(self) -> None:
@@ -268,7 +274,8 @@ class Http1Exchange(Incoming):
 
     async def receive_body(self) -> list[Buffer]:
         body = self.body
-        while True:
+        # What follows it is the next request.
+        while not self.body_done:
             view = await self._connection.receive()
             self.read = True
             try:
@@ -282,8 +289,9 @@ class Http1Exchange(Incoming):
                 body.rest = bytes(body.rest)
                 if self._connection.hung:
                     self.leave()
-            if pieces or body.done:
+            if pieces:
                 return pieces
+        return []
 
     # -- the response ------------------------------------------------------------------------------
 
@@ -323,7 +331,7 @@ class Http1Exchange(Incoming):
         """Take the rest of the body if it is here already: nobody asks for it any more."""
         rest = self._connection.take_rest()
         if rest:
-            self.read = True
+            self.read = self.discarded = True
             try:
                 self.body.feed(rest)
             except BadMessage:
@@ -341,7 +349,7 @@ class Http1Exchange(Incoming):
         self._connection.upgraded = True
         self._connection.busy = False
         # An end of one direction is the other protocol's own affair.
-        self._connection.on_close()
+        self._connection.release()
 
     def put_data(self, pieces: list[Buffer]) -> None:
         parts = self._parts

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from clusterproxy.http1.grammar import BadMessage, is_host, is_target, is_token, parse_length
+from clusterproxy.http1.grammar import (
+    MAX_FIELDS,
+    BadMessage,
+    is_host,
+    is_target,
+    is_token,
+    parse_length,
+)
 from clusterproxy.http2.adapter import ErrorCode
 from clusterproxy.http2.connection import Http2Connection
 from clusterproxy.http2.flow import Flow
@@ -113,6 +120,8 @@ class Http2Exchange(Incoming):
     def open(self, headers: list[Header], peer: str, limits: ServerLimits, *, secure: bool) -> int:
         """Look at the request; return the status of the answer if it is none."""
         size = sum(len(name) + len(value) + _FIELD for name, value in headers)
+        if size > limits.max_header_bytes or len(headers) > MAX_FIELDS:
+            return 431
         pseudo: dict[bytes, bytes] = {}
         fields: Headers = []
         hosts: list[bytes] = []
@@ -132,8 +141,6 @@ class Http2Exchange(Incoming):
             hosts.append(authority)
         # All are for the same thing (RFC 9113 §8.3.1): two of them are two requests.
         authority = hosts[0] if len(set(hosts)) == 1 else b""
-        if size > limits.max_header_bytes:
-            return 431
         if (
             not authority
             or not is_host(authority)
@@ -193,6 +200,7 @@ class Http2Exchange(Incoming):
 
     def on_data(self, view: memoryview) -> bool:
         if self.finished:
+            self.discarded = True
             return False
         pieces = self._pieces
         tail = pieces[-1] if pieces else b""

@@ -50,6 +50,7 @@ class Incoming(ABC):
       finished: so was its end.
       status: of that response, 0 before.
       gone: the client has.
+      discarded: something of the body was thrown away, for it is answered already: whom it was for has not got all of it.
     """
 
     request: Request
@@ -68,6 +69,7 @@ class Incoming(ABC):
         self.finished = False
         self.status = 0
         self.gone = False
+        self.discarded = False
 
     def leave(self) -> None:
         """The client has gone: nobody works for it any more."""

@@ -33,6 +33,7 @@ class ServerLimits:
             connection_window=1024 * 1024,
             max_frame_size=256 * 1024,
             max_streams=self.max_streams,
+            max_read=32 * 1024,
             # Above the limit there is an answer, far above it none.
             max_header_list=2 * self.max_header_bytes,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Final
 
 from clusterproxy.telemetry.metrics import Metrics
@@ -12,6 +13,8 @@ from .observer import Observer
 _METHODS: Final = frozenset(
     {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"}
 )
+# So may an origin with these.
+_CODES: Final = frozenset({*map(int, HTTPStatus), 499})
 
 
 class ProxyMetrics(Metrics, Observer):
@@ -22,7 +25,7 @@ class ProxyMetrics(Metrics, Observer):
         self.http_requests_total = self._own_counter(
             "http_requests_total",
             "Requests that are over, by status of the answer and method; "
-            "499: the client left before there was one.",
+            "499: the client left before there was one; other: one that HTTP does not know.",
             ("code", "method"),
         )
         self.http_requests_in_flight = self._own_gauge(
@@ -43,7 +46,8 @@ class ProxyMetrics(Metrics, Observer):
         self._in_flight.value -= 1
         if method not in _METHODS:
             method = "other"
-        self.http_requests_total.labels(str(status), method).value += 1
+        code = str(status) if status in _CODES else "other"
+        self.http_requests_total.labels(code, method).value += 1
 
     def failed(self, origin: str) -> None:
         self._errors.value += 1

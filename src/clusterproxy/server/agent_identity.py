@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from clusterproxy.errors import RPCError
 from clusterproxy.grpc import Status
 from clusterproxy.kube.review_queue import source_of
-from clusterproxy.tunnel.agent_identity import IdentityRefused, check_identity
+from clusterproxy.tunnel.agent_identity import IdentityRefused, check_identity, names_cluster
 
 from .backend import agent_id, identifiers
 from .refusals import Refusals
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Awaitable, Callable
 
     from clusterproxy.http2.connection import Http2Connection
     from clusterproxy.rpc.server import ServerCall
+    from clusterproxy.transport.stream import Transport
 
     from .state import ServerState
 
@@ -55,11 +58,47 @@ def identified_opener(
     return open_identified
 
 
+class ClientCheck:
+    """Keeps agents from being clients, who reach every cluster.
+
+    One authority signs for both, and agents that come by port-forward may forward any port of a server's pod.
+    """
+
+    def __init__(self, state: ServerState) -> None:
+        self._looks = state.config.agent_identity != "off"
+        self._refusals = Refusals(state.metrics)
+
+    def admits(self, transport: Transport) -> bool:
+        """Whether a client that has shaken hands may stay."""
+        if not self._looks or transport.tls is None:
+            return True
+        try:
+            claims = names_cluster(_uris_of(transport.tls.getpeercert() or {}))
+        except ValueError:
+            claims = True
+        if claims:
+            text = "it connects as a client: its certificate is one of an agent, and with it no other cluster is reached"
+            error = RPCError(Status.PERMISSION_DENIED, text)
+            self._refusals.note("client", source_of(_host_of(transport.sock)), "", error)
+        return not claims
+
+
+def _host_of(sock: socket.socket) -> str:
+    # It may have gone.
+    with suppress(OSError):
+        name: Any = sock.getpeername()
+        return str(name[0])
+    return ""
+
+
 def _uris(connection: Http2Connection) -> list[str]:
     """Return the URIs of the certificate of an agent, of which its authority has signed any bytes."""
     try:
-        names = connection.peer_certificate.get("subjectAltName", ())
+        return _uris_of(connection.peer_certificate)
     except ValueError as error:
         text = f"the agent's certificate cannot be read: {error}"
         raise IdentityRefused("bad_certificate", text) from error
-    return [value for kind, value in names if kind == "URI"]
+
+
+def _uris_of(certificate: dict[str, Any]) -> list[str]:
+    return [value for kind, value in certificate.get("subjectAltName", ()) if kind == "URI"]

@@ -25,7 +25,7 @@ from clusterproxy.transport.stream import Transport, tune
 from clusterproxy.transport.tls import server_context
 from clusterproxy.tunnel.budget import Budget
 
-from .agent_identity import identified_opener
+from .agent_identity import ClientCheck, identified_opener
 from .backend import backend_opener
 from .backends import BackendPool
 from .connect import ConnectTunnel
@@ -92,6 +92,7 @@ class ProxyServer:
             on_limit=self._count_limit,
             peers="a client",
         )
+        self._client_check = ClientCheck(self.state)
         open_backend = backend_opener(self.state)
         if config.authenticates_agents:
             assert api is not None  # noqa: S101  whoever asks for the one brings the other
@@ -187,7 +188,9 @@ class ProxyServer:
             transport = await self._handshakes.shake(sock, context)
             if transport is None:
                 return
-            if self.config.mode == "grpc":
+            if not self._client_check.admits(transport):
+                transport.close()
+            elif self.config.mode == "grpc":
                 await self._serve_rpc(self.frontends, transport)
             else:
                 await ConnectTunnel(self.state, transport).run()

@@ -60,6 +60,11 @@ def service_proxy_host(cluster: str) -> str:
     return f"cluster-{digest}"[:_LABEL_LENGTH] + f".{SERVICE_PROXY_DOMAIN}"
 
 
+def names_cluster(uris: Iterable[str]) -> bool:
+    """Whether a certificate with these URIs is an agent's, or looks like it."""
+    return any(uri.lower().startswith(CLUSTER_URI) for uri in uris)
+
+
 def certified_cluster(uris: Iterable[str]) -> str | None:
     """Return the cluster that a certificate with these URIs is of, None if it does not say.
 
