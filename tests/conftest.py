@@ -4,14 +4,17 @@ import gc
 
 import pytest
 from examples import FAST
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # What they assert is to be explained as in a test.
 pytest.register_assert_rewrite("harness", "kube")
 
 pytest_plugins = ["kube.fixtures", "oidc"]
 
-settings.register_profile(FAST, derandomize=True, deadline=None, max_examples=20)
+# How long an example takes is the machine's business, and `make bench`'s.
+settings.register_profile("whole", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("whole")
+settings.register_profile(FAST, settings.get_profile("whole"), derandomize=True, max_examples=20)
 
 
 def pytest_collection_finish() -> None:
