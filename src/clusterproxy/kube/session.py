@@ -10,7 +10,6 @@ import logging
 import os
 import ssl
 import threading
-from collections import OrderedDict
 from pathlib import Path
 from time import monotonic as _monotonic
 from typing import TYPE_CHECKING, Any, Final
@@ -37,9 +36,8 @@ _log = logging.getLogger("clusterproxy.kube")
 _in_cluster: Any = incluster_config
 _files: Any = kube_config
 
-# Of two kubeconfigs, one of them just read anew, with room to spare.
-_KEPT_IN_MEMORY: Final = 16
-_in_memory: OrderedDict[bytes, int] = OrderedDict()
+# Kept for ever, for nobody knows who has a path of one: a process sees few certificates in its life.
+_in_memory: dict[bytes, int] = {}
 _in_memory_lock = threading.Lock()
 
 
@@ -50,14 +48,10 @@ def _file_in_memory(content: str | bytes, *_: object, **__: object) -> str:
     """
     data = content.encode() if isinstance(content, str) else content
     with _in_memory_lock:
-        if data in _in_memory:
-            _in_memory.move_to_end(data)
-        else:
+        if data not in _in_memory:
             _in_memory[data] = file = os.memfd_create("kubeconfig")
             with open(file, "wb", closefd=False) as written:
                 written.write(data)
-            if len(_in_memory) > _KEPT_IN_MEMORY:
-                os.close(_in_memory.popitem(last=False)[1])
         return f"/proc/self/fd/{_in_memory[data]}"
 
 
