@@ -148,9 +148,10 @@ async def test_no_dial_is_lost(servers: Servers) -> None:
                 # What a pod's preStop hook is for: who is on the way to this server still gets there.
                 await trio.sleep(1)
                 assert await servers.stop(number) == 0
-                before = done
-                await trio.sleep(1)
-                assert done > before + 4
+                enough = done + 5
+                with trio.fail_after(20):
+                    while done < enough:  # noqa: ASYNC110  several tasks count
+                        await trio.sleep(0.05)
             nursery.cancel_scope.cancel()
     # A Go agent looks for another server when its stream has ended, in the next interval of a second or two.
-    assert slowest < 8
+    assert slowest < 20
