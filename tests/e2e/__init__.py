@@ -1,0 +1,1 @@
+"""The documentation's own steps, end to end: ``make e2e``."""

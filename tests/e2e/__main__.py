@@ -1,0 +1,67 @@
+"""``python -m e2e [--image] [ARGUMENT...]`` in tests/: build what is not there, then run the tests in namespaces of their own.
+
+``--image`` runs pods on the unpacked container image, which is built before (needs what tests/image needs); without it
+they are the programs of this tree. The arguments are pytest's. With the run go its interfaces, mounts and processes, however
+it ends. Without root the machine has to let users have namespaces.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from go_tools import go_module_program
+from helm_programs import helm_program
+from kube import build
+
+TESTS = Path(__file__).parents[1]
+IMAGE = "CLUSTERPROXY_E2E_IMAGE"
+
+
+def main(arguments: list[str]) -> None:
+    build.build()
+    helm_program()
+    go_module_program("./cmd/docsnippet")
+    if "--image" in arguments:
+        arguments.remove("--image")
+        os.environ[IMAGE] = str(unpacked_image())
+    # Not among the folders of other runs, which are removed by the next ones.
+    logs = TESTS.parent / "build" / "e2e"
+    own_root = () if os.geteuid() == 0 else ("--map-root-user",)
+    run = (
+        *("unshare", *own_root, "--net", "--mount", "--pid", "--fork", "--mount-proc"),
+        *("--kill-child", sys.executable, "-m", "pytest", "-m", "e2e", str(TESTS / "e2e")),
+        *("--tb=short", "--show-capture=no", "-p", "no:cacheprovider", f"--basetemp={logs}"),
+        *arguments,
+    )
+    os.environ["CLUSTERPROXY_E2E"] = "1"
+    os.chdir(TESTS.parent)
+    os.execvp(run[0], run)  # noqa: S606
+
+
+def unpacked_image() -> Path:
+    sys.path.append(str(TESTS / "image"))
+    from engine import Engine  # type: ignore[import-not-found]
+
+    root = TESTS.parent / "build" / "e2e-image"
+    with tempfile.TemporaryDirectory() as folder:
+        engine = Engine(Path(folder))
+        archive = Path(folder, "files.tar")
+        try:
+            engine.build()
+            engine.podman("create", "--name=files", engine.image, "/bin/sh")
+            engine.podman("export", f"--output={archive}", "files")
+        finally:
+            engine.close()
+        shutil.rmtree(root, ignore_errors=True)
+        root.mkdir(parents=True)
+        subprocess.run(("tar", "--extract", f"--file={archive}"), cwd=root, check=True)
+    return root
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
