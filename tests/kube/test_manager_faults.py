@@ -381,7 +381,8 @@ class Sweep:
             if fault is None:
                 self.clean = found
             else:
-                assert sum(self._faulty.faults.values()) == 1
+                # Some are asked a different number of times, and the last places are not reached by all runs.
+                assert sum(self._faulty.faults.values()) == 1 or len(asked) <= place
                 assert found == self.clean
             check_history(history(self._hub, namespace, since))
         finally:
