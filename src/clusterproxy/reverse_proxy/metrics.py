@@ -18,7 +18,7 @@ _CODES: Final = frozenset({*map(int, HTTPStatus), 499})
 
 
 class ProxyMetrics(Metrics, Observer):
-    """Requests by status and method, those under way, and failures behind us."""
+    """Requests by status and method, those under way, failures behind us, and certificates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,6 +35,16 @@ class ProxyMetrics(Metrics, Observer):
             "http_upstream_errors_total",
             "Requests whose destination was not reached, or did not answer as it should.",
             (),
+        )
+        self.certificate_reload_total = self._own_counter(
+            "certificate_reload_total",
+            "Reloads of changed certificate, key and CA files, by result (ok, error).",
+            ("result",),
+        )
+        self.certificate_expiry_seconds = self._own_gauge(
+            "certificate_expiry_seconds",
+            "When the certificate in this file expires, in seconds since the Unix epoch.",
+            ("file",),
         )
         self._in_flight = self.http_requests_in_flight.labels()
         self._errors = self.http_upstream_errors_total.labels()

@@ -21,13 +21,3 @@ class ServiceProxyMetrics(ProxyMetrics):
             "Tokens that a provider was asked about, by what it said (known, unknown, error).",
             ("provider", "result"),
         )
-        self.certificate_reload_total = self._own_counter(
-            "certificate_reload_total",
-            "Reloads of changed certificate, key and CA files, by result (ok, error).",
-            ("result",),
-        )
-        self.certificate_expiry_seconds = self._own_gauge(
-            "certificate_expiry_seconds",
-            "When the certificate in this file expires, in seconds since the Unix epoch.",
-            ("file",),
-        )

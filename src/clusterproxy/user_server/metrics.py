@@ -42,16 +42,6 @@ class UserServerMetrics(ProxyMetrics):
             "user_server_exposed_services_valid",
             "Whether the list of services is as the ConfigMap says: 0 while that has a mistake, or cannot be read.",
         )
-        self.certificate_reload_total = self._own_counter(
-            "certificate_reload_total",
-            "Reloads of changed certificate, key and CA files, by result (ok, error).",
-            ("result",),
-        )
-        self.certificate_expiry_seconds = self._own_gauge(
-            "certificate_expiry_seconds",
-            "When the certificate in this file expires, in seconds since the Unix epoch.",
-            ("file",),
-        )
 
     def note_reached(self, cluster: str) -> None:
         """Count a connection to a cluster."""
