@@ -147,7 +147,7 @@ async def test_we_change_what_go_changes(go: Go, request_: bytes) -> None:
 
 
 async def test_where_we_do_better(go: Go) -> None:
-    """Go loses what trailers of a request say, and tells a client twice to go on."""
+    """Go loses what trailers of a request say, and may tell a client twice to go on."""
     put = lines(
         b"PUT /x HTTP/1.1", b"Host: a", b"Transfer-Encoding: chunked", b"Trailer: X-Sum", CLOSE
     )
@@ -162,7 +162,11 @@ async def test_where_we_do_better(go: Go) -> None:
             answer = await answer_of(each, post + b"hello")
             assert split(answer)[-1][2]["Read"] == 5
             found.append((trailer, answer.count(b"HTTP/1.1 100 Continue\r\n")))
-    assert found == [({"X-Sum": None}, 2), ({"X-Sum": ["7"]}, 1)]
+    (theirs, of_theirs), of_ours = found
+    assert theirs == {"X-Sum": None}
+    # Whether Go's transport is asked for a body before its origin's own word has come is chance.
+    assert of_theirs in {1, 2}
+    assert of_ours == ({"X-Sum": ["7"]}, 1)
 
 
 @pytest.mark.parametrize("path", ["/x?y", "/trailers", "/refuse"])
