@@ -44,7 +44,7 @@ kube-servers: $(READY) go-is-here ## the Kubernetes, OCM and Prometheus of the t
 coverage: $(READY)
 	@$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -n auto --dist loadfile -m 'not programs and not kube and not image and not e2e' $(PYTEST_ARGS)
-	$(BIN)/coverage run -m pytest -m '(programs or kube) and not image and not e2e and not migration' $(PYTEST_ARGS)
+	$(BIN)/coverage run -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m '(programs or kube) and not image and not e2e and not migration' $(PYTEST_ARGS)
 	@$(BIN)/coverage combine -q
 	$(BIN)/coverage report --fail-under=90
 	$(BIN)/coverage report --fail-under=100 --include='$(SANS_IO)'

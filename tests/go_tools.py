@@ -68,7 +68,9 @@ def go_module_program(package: str) -> Path:
     """Build a program of conformance/ itself; Go's own cache knows what is unchanged."""
     program = Path(__file__).parents[1] / "build" / "test-programs" / Path(package).name
     program.parent.mkdir(parents=True, exist_ok=True)
-    _go("build", "-trimpath", "-o", str(program), package)
+    with (program.parent / "build.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _go("build", "-trimpath", "-o", str(program), package)
     return program
 
 

@@ -117,10 +117,10 @@ def people(far: FarCluster) -> People:
     }
     if far.issuer is not None:
         token = far.issuer.token(
-            "admin", audience=AUDIENCE, email="admin@example.com", groups=["team"]
+            "admin", audience=AUDIENCE, email="engineer@example.com", groups=["team"]
         )
         found["oidc"] = Somebody(
-            token, "oidc:admin@example.com", frozenset({"oidc:team", "system:authenticated"})
+            token, "oidc:engineer@example.com", frozenset({"oidc:team", "system:authenticated"})
         )
     for somebody in found.values():
         far.grant(namespace, somebody.name, EVERYTHING)
