@@ -14,6 +14,8 @@ READY := $(VENV)/.ready
 DEMO_CLIENT := build/democlient
 GO_FILES := $(shell find conformance -name '*.go' -o -name go.mod -o -name go.sum)
 SANS_IO := src/clusterproxy_proto/*,src/clusterproxy/grpc/*,src/clusterproxy/tunnel/*
+# Half of the time of all tests that start programs: their ports are counted from the slot that they take.
+MANAGERS := $(sort $(wildcard tests/kube/test_addon*.py tests/kube/test_manager*.py))
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 E2E_ARGS ?=
@@ -44,7 +46,10 @@ kube-servers: $(READY) go-is-here ## the Kubernetes, OCM and Prometheus of the t
 coverage: $(READY)
 	@$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -n auto --dist loadfile -m 'not programs and not kube and not image and not e2e' $(PYTEST_ARGS)
-	$(BIN)/coverage run -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m '(programs or kube) and not image and not e2e and not migration' $(PYTEST_ARGS)
+	@echo "Tests that start programs, and at the same time those of the manager, whose output comes at the end ..."
+	$(BIN)/python tests/side_by_side.py \
+		-- $(BIN)/coverage run -m pytest -m '(programs or kube) and not image and not e2e and not migration' $(MANAGERS:%=--ignore=%) $(PYTEST_ARGS) \
+		-- $(BIN)/coverage run -m pytest -m 'not migration' $(MANAGERS) $(PYTEST_ARGS)
 	@$(BIN)/coverage combine -q
 	$(BIN)/coverage report --fail-under=90
 	$(BIN)/coverage report --fail-under=100 --include='$(SANS_IO)'

@@ -29,14 +29,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what needs a control plane, so that no such test is in the fast ones by mistake, and let it come last.
 
     Others count this process's own threads and sockets, and what acts on a control plane for all of its tests has some.
-    Side by side (``--dist loadgroup``) go the modules with control planes, whose ports are counted from the slot, and
-    one after the other all that start programs on ports of their own.
     """
     for item in items:
         if _NEED_KUBERNETES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.kube)
-        group = item.path.stem if item.get_closest_marker("kube") is not None else "programs"
-        item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: item.get_closest_marker("kube") is not None)
 
 

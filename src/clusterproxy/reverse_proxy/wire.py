@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import select
 import ssl
+import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 import trio
 
@@ -15,13 +16,29 @@ if TYPE_CHECKING:
     from clusterproxy.transport.stream import Buffer, Transport
 
 # A MemoryBIO never shrinks, so it is written in slices and drained between them.
-_SLICE: Final = 16 * 1024
+_SLICE: Final = 64 * 1024
+
+# What a handshake reads at once: every connection keeps a BIO of that size.
+_HANDSHAKE_READ: Final = 16 * 1024
+
+# What is decrypted at once; what came beyond it waits in the BIO.
+_PLAIN: Final = 512 * 1024
 
 # What one record can add to the plaintext beyond the ciphertext of its own batch.
 _RECORD: Final = 16 * 1024 + 512
 
 # How long the other end may take to confirm a close.
 _CLOSE_S: Final = 10.0
+
+
+class _Plain(threading.local):
+    """The one buffer of this thread's event loop into which all of its wires decrypt (see transport.stream)."""
+
+    def __init__(self) -> None:
+        self.view = memoryview(bytearray(_PLAIN + _RECORD))
+
+
+_plain: Final = _Plain()
 
 
 class Wire(Protocol):
@@ -160,7 +177,6 @@ class TlsWire:
         "_error",
         "_in",
         "_out",
-        "_plain",
         "_sending",
         "_tls",
         "_unsent",
@@ -197,7 +213,7 @@ class TlsWire:
             else:
                 break
             await self._flush()
-            data = await self._wire.receive(_SLICE)
+            data = await self._wire.receive(_HANDSHAKE_READ)
             if not data:
                 raise trio.BrokenResourceError("EOF")
             self._in.write(data)
@@ -231,12 +247,11 @@ class TlsWire:
 
     async def receive(self, most: int) -> Buffer:
         if self._in.pending or self._tls.pending():
-            plain = self._decrypt(b"")
-            if plain:
-                await trio.lowlevel.checkpoint()
+            await trio.lowlevel.checkpoint()
+            if plain := self._decrypt(b""):
                 return plain
         while not self._close_notified and not self._error:
-            data = await self._wire.receive(most)
+            data = await self._wire.receive(min(most, _PLAIN))
             if not data:
                 self._error = "unexpected EOF"
                 break
@@ -246,6 +261,7 @@ class TlsWire:
                 # before we have received.
                 self._unsent.append(self._out.read())
                 if not self._sending.locked():
+                    plain = memoryview(bytes(plain))
                     await self._flush()
             if plain:
                 return plain
@@ -253,21 +269,23 @@ class TlsWire:
             raise trio.BrokenResourceError(self._error)
         return b""
 
-    def _decrypt(self, data: Buffer) -> bytes:
-        tls, bio = self._tls, self._in
-        view, at = memoryview(data), 0
-        pieces: list[bytes] = []
+    def _decrypt(self, data: Buffer) -> memoryview:
+        """Decrypt what has come, and what came before it; the result is lent until the next checkpoint."""
+        tls, bio, plain = self._tls, self._in, _plain.view
+        view, at, filled = memoryview(data), 0, 0
         while True:
             if at < len(view):
-                bio.write(view[at : at + _SLICE])
-                at += _SLICE
+                # All of it if there is no room: the rest is decrypted when it is asked for.
+                stop = at + _SLICE if filled < _PLAIN else len(view)
+                bio.write(view[at:stop])
+                at = stop
             try:
-                while bio.pending or tls.pending():
-                    piece = tls.read(_RECORD)
-                    if not piece:
+                while filled < _PLAIN and (bio.pending or tls.pending()):
+                    count = cast("int", tls.read(_RECORD, plain[filled:]))
+                    if not count:
                         self._close_notified = True
                         break
-                    pieces.append(piece)
+                    filled += count
             except ssl.SSLWantReadError:
                 pass
             except ssl.SSLZeroReturnError:
@@ -275,7 +293,7 @@ class TlsWire:
             except ssl.SSLError as error:
                 self._error = f"TLS: {error.reason or error}"
             if self._close_notified or self._error or at >= len(view):
-                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+                return plain[:filled]
 
     async def send(self, parts: Sequence[Buffer]) -> None:
         data = memoryview(parts[0] if len(parts) == 1 else b"".join(parts))
