@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 
 import pytest
 from examples import FAST
@@ -10,6 +11,10 @@ from hypothesis import HealthCheck, settings
 pytest.register_assert_rewrite("harness", "kube")
 
 pytest_plugins = ["kube.fixtures", "oidc"]
+
+# Programs end by it as from a terminal; a shell that runs the tests in the background has all of them ignore it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes is the machine's business, and `make bench`'s.
 settings.register_profile("whole", deadline=None, suppress_health_check=[HealthCheck.too_slow])

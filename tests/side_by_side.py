@@ -1,8 +1,7 @@
 """``python tests/side_by_side.py -- COMMAND... -- COMMAND...``: run commands at the same time.
 
 What the first one writes is seen at once, what the others write once they have ended, so that each can be read as a whole. The exit status
-is 1 if one of them failed. Each has the signals of its own as a shell would give them in the foreground, which those do not have that a
-shell runs in the background: SIGINT is ignored there, in all that they start as well.
+is 1 if one of them failed.
 """
 
 from __future__ import annotations
