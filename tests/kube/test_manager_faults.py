@@ -268,6 +268,40 @@ def test_an_error_that_does_not_pass_is_told(
     told = manager.await_condition("Reconciled", "False", message="deployments")
     assert told["reason"] == "InternalError"
     assert "the test says" in told["message"]
+    deployed = manager.await_condition("ProxyServerDeployed", "False")
+    assert deployed["reason"] == "NotYetDeployed"
+    assert f"no Deployment {manager.namespace}/cluster-proxy" in deployed["message"]
+    faulty.plan = None
+    manager.await_reconciled()
+    manager.await_condition("ProxyServerDeployed")
+
+
+def test_certificates_that_cannot_be_kept_are_told(
+    manager: Installation, faulty: FaultyApiserver
+) -> None:
+    faulty.plan = lambda asked: BROKEN if asked.writes and "secrets" in asked.path else None
+    manager.kubeconfig = faulty.kubeconfig(manager.kubeconfig)
+    manager.configure(**SETTINGS)
+    manager.start()
+    manager.await_condition("Reconciled", "False", message="secrets")
+    for kind, name in (
+        ("ProxyServerSecretSigned", "proxy-server"),
+        ("AgentServerSecretSigned", "agent-server"),
+        ("ProxyClientSecretSigned", "proxy-client"),
+        ("UserServerSecretSigned", "cluster-proxy-user-serving-cert"),
+    ):
+        told = manager.await_condition(kind, "False", message="the test says")
+        assert told["reason"] == "NotYetSigned"
+        assert told["message"].startswith(f"there is no Secret {manager.namespace}/{name}: ")
+    faulty.plan = None
+    manager.await_reconciled()
+    # Those that are there are told of as ever, whatever becomes of one that is not.
+    faulty.plan = lambda asked: BROKEN if asked.writes and "secrets" in asked.path else None
+    manager.plane.delete(manager.get("v1", "Secret", "agent-server"))
+    told = manager.await_condition("AgentServerSecretSigned", "False")
+    assert told["reason"] == "NotYetSigned"
+    for kind in ("ProxyServerSecretSigned", "ProxyClientSecretSigned"):
+        manager.await_condition(kind, message="Expiry:")
     faulty.plan = None
     manager.await_reconciled()
 
@@ -275,15 +309,16 @@ def test_an_error_that_does_not_pass_is_told(
 class InProcess(Background):
     """The manager in a thread: without the second that a program takes to start."""
 
-    def __init__(self, kubeconfig: Path, namespace: str) -> None:
+    def __init__(self, kubeconfig: Path, namespace: str, timeout_s: float) -> None:
         super().__init__()
         self._kubeconfig = kubeconfig
+        self._timeout_s = timeout_s
         self._config = ManagerConfig(signer_secret_namespace=namespace, pod_namespace=namespace)
 
     async def main(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Be the manager for ever."""
         async with (
-            open_kube_api(str(self._kubeconfig), qps=-1, timeout_s=0.5) as api,
+            open_kube_api(str(self._kubeconfig), qps=-1, timeout_s=self._timeout_s) as api,
             trio.open_nursery() as nursery,
         ):
             events = EventRecorder(api, component="test")
@@ -377,8 +412,10 @@ class Sweep:
                 for each in live.get("status", {}).get("conditions", ())
             )
 
+        # An answer that is late makes other requests than in the other runs; one that is lost is waited for.
+        timeout_s = 1.5 if fault is Fault.LOST else 10.0
         try:
-            with InProcess(self._kubeconfig, namespace):
+            with InProcess(self._kubeconfig, namespace, timeout_s):
                 eventually(reconciled, f"{fault} of request {place}: it is reconciled")
                 asked = [each for each in list(self._faulty.asked) if not each.of_reflector]
             found = outline(self._hub, namespace)
@@ -673,10 +710,12 @@ def test_what_is_somebody_elses_is_not_deleted(manager: Installation) -> None:
     manager.start()
     told = manager.await_condition("Reconciled", "False", message="proxy-client")
     assert told["reason"] == "NameTaken"
+    assert manager.await_condition("ProxyClientSecretSigned", "False")["reason"] == "NameTaken"
     assert manager.secret("proxy-client") == {"password": b"secret"}
     manager.plane.delete(manager.get("v1", "Secret", "proxy-client"))
     told = manager.await_condition("Reconciled", "False", message="Deployment")
     assert "spec.selector" in told["message"]
+    assert manager.await_condition("ProxyServerDeployed", "False")["reason"] == "NameTaken"
     assert manager.deployment()["metadata"]["uid"] == foreign["metadata"]["uid"]
     manager.plane.delete(manager.deployment())
     manager.await_reconciled()
