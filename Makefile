@@ -2,7 +2,7 @@
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo setup test test-fast kube-servers coverage conformance check bench docs chart image test-image test-migration e2e lock clean
+.PHONY: help demo setup test test-fast kube-servers coverage test-programs test-managers conformance check bench docs chart image test-image test-migration e2e e2e-demo lock clean
 
 PYTHON ?= python3
 GO ?= go
@@ -14,7 +14,6 @@ READY := $(VENV)/.ready
 DEMO_CLIENT := build/democlient
 GO_FILES := $(shell find conformance -name '*.go' -o -name go.mod -o -name go.sum)
 SANS_IO := src/clusterproxy_proto/*,src/clusterproxy/grpc/*,src/clusterproxy/tunnel/*
-# Half of the time of all tests that start programs: their ports are counted from the slot that they take.
 MANAGERS := $(sort $(wildcard tests/kube/test_addon*.py tests/kube/test_manager*.py))
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
@@ -24,7 +23,7 @@ IMAGE_ARCHES ?=
 IMAGE_ARGS ?=
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## certificates, server, agent and a service that only the agent reaches; requests through the tunnel
 	@if command -v $(GO) >/dev/null; then $(MAKE) -s $(DEMO_CLIENT) || echo "The Go client could not be built: the demo goes on without it."; fi
@@ -32,7 +31,7 @@ demo: $(READY) ## certificates, server, agent and a service that only the agent 
 
 setup: $(READY) ## the virtual environment, which all other targets make as needed
 
-test: $(READY) go-is-here kube-servers $(DEMO_CLIENT) coverage conformance ## all tests with coverage, and the conformance matrix against Go (needs Go and etcd)
+test: $(READY) go-is-here kube-servers $(DEMO_CLIENT) coverage ## all tests with coverage, and the conformance matrix against Go (needs Go and etcd)
 
 test-fast: $(READY) ## the tests that start no programs (no Go, under 90 s)
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m 'not programs and not kube and not image and not e2e' --hypothesis-profile=fast $(PYTEST_ARGS)
@@ -40,19 +39,27 @@ test-fast: $(READY) ## the tests that start no programs (no Go, under 90 s)
 e2e: $(READY) go-is-here kube-servers ## the documentation's steps on a hub and two clusters, in namespaces of their own (6 minutes; E2E_ARGS=--image)
 	@cd tests && ../$(BIN)/python -m e2e $(E2E_ARGS)
 
+e2e-demo: $(READY) go-is-here kube-servers ## the demo of the whole, as docs/demo tells: from the Go original to ours and back (7 minutes)
+	@cd tests && ../$(BIN)/python -m e2e --demo
+
 kube-servers: $(READY) go-is-here ## the Kubernetes, OCM and Prometheus of the tests, built once (10 to 20 minutes) and kept in the user's cache folder
 	@PYTHONPATH=tests $(BIN)/python -m kube.build
 
 coverage: $(READY)
 	@$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -n auto --dist loadfile -m 'not programs and not kube and not image and not e2e' $(PYTEST_ARGS)
-	@echo "Tests that start programs, and at the same time those of the manager, whose output comes at the end ..."
-	$(BIN)/python tests/side_by_side.py \
-		-- $(BIN)/coverage run -m pytest -m '(programs or kube) and not image and not e2e and not migration' $(MANAGERS:%=--ignore=%) $(PYTEST_ARGS) \
-		-- $(BIN)/coverage run -m pytest -m 'not migration' $(MANAGERS) $(PYTEST_ARGS)
+	@echo "Two halves side by side, the first one's output as it comes, the second one's when it has ended ..."
+	$(BIN)/python tests/side_by_side.py -- $(MAKE) -s test-programs -- $(MAKE) -s -k test-managers conformance
 	@$(BIN)/coverage combine -q
 	$(BIN)/coverage report --fail-under=90
 	$(BIN)/coverage report --fail-under=100 --include='$(SANS_IO)'
+
+# They wait as much as they work. All that is in the second half takes its ports from a range, or by a slot.
+test-programs: $(READY) go-is-here
+	$(BIN)/coverage run -m pytest -m '(programs or kube) and not image and not e2e and not migration' $(MANAGERS:%=--ignore=%) $(PYTEST_ARGS)
+
+test-managers: $(READY) go-is-here
+	$(BIN)/coverage run -m pytest -m 'not migration' $(MANAGERS) $(PYTEST_ARGS)
 
 conformance: $(READY) go-is-here
 	@mkdir -p build

@@ -126,7 +126,8 @@ var ports struct {
 	next int
 }
 
-const firstPort, lastPort = 20000, 31999
+// Those around them are of the tests in Python, which may run at the same time.
+const firstPort, lastPort = 21000, 26999
 
 // freePort hands out ports below the ephemeral range, each one once in turn,
 // so that none is used again soon.
@@ -135,7 +136,7 @@ func freePort() int {
 	defer ports.mu.Unlock()
 	if ports.next == 0 {
 		// Two suites at once should not meet at the same numbers.
-		ports.next = firstPort + os.Getpid()%40*300
+		ports.next = firstPort + os.Getpid()%40*150
 	}
 	for range lastPort - firstPort {
 		port := ports.next
