@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -13,7 +14,7 @@ from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection
 
 Object = dict[str, Any]
 
@@ -86,14 +87,21 @@ def differences(
 ) -> set[str]:
     """Return the paths at which two values differ, those of a map's absent keys included.
 
-    What is empty is as good as absent. *filled_in* has, by path, what *ours* may leave to the apiserver.
+    What is empty is as good as absent. *filled_in* has, by path, what *ours* may leave to the apiserver; as a map, with
+    what that fills in.
     """
     if theirs in (None, {}, []) and ours in (None, {}, []):
         return set()
     if isinstance(theirs, dict) and isinstance(ours, dict):
         found: set[str] = set()
         for key in theirs.keys() | ours.keys():
-            if key in theirs and key not in ours and key in filled_in.get(path, ()):
+            filled = filled_in.get(path, ())
+            if (
+                key in theirs
+                and key not in ours
+                and key in filled
+                and (not isinstance(filled, Mapping) or filled[key] == theirs[key])
+            ):
                 continue
             # The prefix has dots of its own.
             there = f"{path}.{key.removeprefix(_PREFIX)}".lstrip(".")

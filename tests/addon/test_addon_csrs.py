@@ -129,6 +129,17 @@ def test_which_requests_are_open(authority: Authority) -> None:
     assert hub.reconciler.open_requests() == hub.reconciler.open_requests("a") == [second]
 
 
+def test_what_others_ask_for_in_a_clusters_name_is_not_its_own(authority: Authority) -> None:
+    hub = Hub(authority)
+    own = hub.put(request("1", "a"))
+    forged = request("2", "b")
+    forged["metadata"]["labels"]["open-cluster-management.io/cluster-name"] = "a"
+    foreign = hub.put(forged)
+    assert hub.reconciler.open_requests("a") == [own]
+    assert hub.reconciler.open_requests("b") == []
+    assert hub.reconciler.open_requests() == [own, foreign]
+
+
 async def test_it_is_approved_and_signed(authority: Authority) -> None:
     hub = Hub(authority)
     name = hub.put(request("1", "a", wanted(authority)))

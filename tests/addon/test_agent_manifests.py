@@ -486,31 +486,34 @@ def test_a_pattern_that_python_may_read_otherwise_one_day() -> None:
 
 # -- the original ----------------------------------------------------------------------------------
 
-# What an apiserver adds to what it is given.
+# What an apiserver adds to what it is given, and nothing else: what is left out of ours is the default.
+PROBE = {"failureThreshold": 3, "successThreshold": 1, "timeoutSeconds": 1}
 FILLED_IN = {
-    "spec": ("sessionAffinity", "progressDeadlineSeconds", "revisionHistoryLimit", "strategy"),
-    "spec.template.spec": ("dnsPolicy", "restartPolicy", "schedulerName"),
-    "spec.template.spec.containers[]": (
-        "resources",
-        "terminationMessagePath",
-        "terminationMessagePolicy",
-    ),
-    "spec.template.spec.containers[].livenessProbe": (
-        "failureThreshold",
-        "successThreshold",
-        "timeoutSeconds",
-    ),
-    "spec.template.spec.containers[].livenessProbe.httpGet": ("scheme",),
-    "spec.template.spec.containers[].readinessProbe": (
-        "failureThreshold",
-        "successThreshold",
-        "timeoutSeconds",
-    ),
-    "spec.template.spec.containers[].readinessProbe.httpGet": ("scheme",),
-    "spec.template.spec.containers[].env[].valueFrom.fieldRef": ("apiVersion",),
-    "metadata": ("labels",),
+    "spec": {
+        "sessionAffinity": "None",
+        "progressDeadlineSeconds": 600,
+        "revisionHistoryLimit": 10,
+        "strategy": {
+            "type": "RollingUpdate",
+            "rollingUpdate": {"maxSurge": "25%", "maxUnavailable": "25%"},
+        },
+    },
+    "spec.template.spec": {
+        "dnsPolicy": "ClusterFirst",
+        "restartPolicy": "Always",
+        "schedulerName": "default-scheduler",
+    },
+    "spec.template.spec.containers[]": {
+        "terminationMessagePath": "/dev/termination-log",
+        "terminationMessagePolicy": "File",
+    },
+    "spec.template.spec.containers[].livenessProbe": PROBE,
+    "spec.template.spec.containers[].livenessProbe.httpGet": {"scheme": "HTTP"},
+    "spec.template.spec.containers[].readinessProbe": PROBE,
+    "spec.template.spec.containers[].readinessProbe.httpGet": {"scheme": "HTTP"},
+    "spec.template.spec.containers[].env[].valueFrom.fieldRef": {"apiVersion": "v1"},
     **{
-        f"spec.template.spec.volumes.{name}": ("defaultMode",)
+        f"spec.template.spec.volumes.{name}": {"defaultMode": 0o644}
         for name in (
             "ca.secret",
             "hub.secret",
@@ -586,6 +589,7 @@ def meaning(obj: Object) -> Object:
         obj["data"] = sorted(obj["data"])
     if obj["kind"] == "Namespace":
         obj.pop("spec", None)
+        obj["metadata"] = {key: each for key, each in obj["metadata"].items() if key != "labels"}
     if "rules" in obj:
         obj["rules"] = rules_of(obj)
     if obj["kind"] == "Deployment":

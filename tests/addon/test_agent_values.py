@@ -361,6 +361,23 @@ def test_mirrors_that_cannot_be_read(value: str, message: str) -> None:
     assert problem.startswith(where + message)
 
 
+@pytest.mark.parametrize("mirror", ["Bad Mirror", "mirror.example/a:1"])
+def test_a_mirror_that_makes_no_image_is_named(mirror: str) -> None:
+    # C13
+    mirrors = [{"source": "agent", "mirror": mirror}]
+    case = annotated({"registries": mirrors})
+    [problem] = problems(case)
+    assert problem.startswith(
+        "ManagedCluster cluster1: metadata.annotations[open-cluster-management.io/image-registries]: "
+        f"'{mirror}:1' is no image"
+    )
+    case = case.given(deployment_config=deployment_config(registries=mirrors))
+    [problem] = problems(case)
+    assert problem.startswith(
+        f"AddOnDeploymentConfig default/adc: spec.registries: '{mirror}:1' is no image"
+    )
+
+
 # -- the hub's own cluster -------------------------------------------------------------------------
 
 
@@ -631,6 +648,26 @@ def test_a_wrong_deployment_config(spec: Any, field: str) -> None:
     given = {"metadata": {"name": "adc", "namespace": "default"}, "spec": spec}
     [problem] = problems(Case().given(deployment_config=given))
     assert problem.startswith(f"AddOnDeploymentConfig default/adc: {field}: ")
+
+
+def test_variables_that_do_not_go_together() -> None:
+    together = "oidcIssuerURL and oidcClientID must be specified together"
+    case = Case().with_service_proxy()
+    given = variables(oidcIssuerURL="https://x", oidcRequiredClaimsJSON="[]")
+    assert problems(case.given(deployment_config=given)) == [
+        f"AddOnDeploymentConfig default/adc: {together}",
+        "AddOnDeploymentConfig default/adc: oidcRequiredClaimsJSON must be a JSON object",
+    ]
+    # With what the ManagedProxyConfiguration says, or that alone
+    args = {"additionalServiceProxyArgs": ["--oidc-issuer-url=a"]}
+    configured = case.given(configuration=configuration(proxyAgent=args))
+    given = variables(oidcIssuerURL="https://x", oidcClientID="c")
+    [problem] = problems(configured.given(deployment_config=given))
+    assert problem.startswith("AddOnDeploymentConfig default/adc: configure the OIDC issuer with")
+    args = {"additionalServiceProxyArgs": ["--enable-impersonation"]}
+    configured = case.given(configuration=configuration(proxyAgent=args))
+    [problem] = problems(configured.given(deployment_config=deployment_config()))
+    assert problem.startswith("additionalServiceProxyArgs must not set --enable-impersonation")
 
 
 def test_all_that_is_wrong_is_told_at_once() -> None:

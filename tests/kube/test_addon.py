@@ -310,6 +310,38 @@ def test_whatever_changes_is_rendered_at_once(manager: AddOnInstallation, cluste
     assert manager.running, manager.log_text()
 
 
+def test_without_a_configuration_every_addon_says_so(
+    manager: AddOnInstallation, cluster: str
+) -> None:
+    # C5, D2
+    manager.offer()
+    manager.run()
+    manager.enable(cluster)
+    said = ("RegistrationApplied", "False", "SetPermissionFailed")
+    missing = f'managedproxyconfigurations.{PROXY} "cluster-proxy" not found'
+    manager.await_said(cluster, *said, f"Failed to set permission for hub agent: {missing}")
+    status = manager.addon(cluster)["status"]
+    assert [each["resource"] for each in status["supportedConfigs"]] == [
+        "managedproxyconfigurations",
+        "addondeploymentconfigs",
+    ]
+    assert not status.get("registrations")
+    names = ("signingProxyServerSecretName", "signingAgentServerSecretName")
+    wrong = {"dump": {"secrets": dict.fromkeys(names, "one")}}
+    manager.configure(authentication=wrong)
+    manager.await_said(cluster, *said, "spec.authentication.dump.secrets.signingAgentServer")
+    manager.configure()
+    manager.await_said(cluster, "RegistrationApplied")
+    manager.await_work(cluster, lambda there: there[DEPLOYMENT], "it gets its agent")
+    # Of one that is registered that is no news: what it has it keeps.
+    manager.configure(authentication=wrong)
+    manager.await_said(
+        cluster, "ManifestApplied", "False", "ManifestWorkApplyFailed", "signingAgentServer"
+    )
+    manager.await_said(cluster, "RegistrationApplied")
+    assert manager.running, manager.log_text()
+
+
 def generation(there: dict[str, Object]) -> int:
     annotations = there[DEPLOYMENT]["metadata"]["annotations"]
     return int(annotations[f"{PREFIX}configuration-generation"])

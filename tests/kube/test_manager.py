@@ -6,6 +6,8 @@ import base64
 import contextlib
 import hashlib
 import re
+import statistics
+import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -189,6 +191,7 @@ def test_what_is_changed_or_deleted_by_hand_comes_back(manager: Installation) ->
     assert found["metadata"]["annotations"]["mine"] == "stays"
     assert {key: found["spec"][key] for key in kept} == kept
 
+    took: list[float] = []
     for kind in (
         ("v1", "Secret", "proxy-server"),
         ("v1", "Secret", "proxy-server-ca"),
@@ -200,12 +203,16 @@ def test_what_is_changed_or_deleted_by_hand_comes_back(manager: Installation) ->
     ):
         gone = manager.get(*kind)
         manager.plane.delete(gone)
+        began = time.monotonic()
 
         def back(kind: tuple[str, str, str] = kind, uid: str = gone["metadata"]["uid"]) -> bool:
             found = manager.find(*kind)
             return found is not None and found["metadata"]["uid"] != uid
 
         eventually(back, f"{kind} is back")
+        took.append(time.monotonic() - began)
+    # On a busy machine one of them may take longer.
+    assert statistics.median(took) < 1, took
     assert manager.running
 
 
@@ -788,8 +795,16 @@ def test_provided_certificates(manager: Installation) -> None:
         crt, key = issue(authority, Leaf(name=name, hosts=hosts, usage=usage), now)
         put_secret(manager, name, {"tls.crt": crt, "tls.key": key}, "kubernetes.io/tls")
     manager.await_reconciled()
-    before = manager.settle()
     assert manager.find("v1", "Secret", "cluster-proxy-signer") is None
+    # Agents are signed by another authority than servers believe, as after a change from SelfSigned.
+    other = new_authority(now)
+    put_secret(manager, "cluster-proxy-signer", {"ca.crt": other.crt, "ca.key": other.key})
+    told = manager.await_condition("ConfigurationValid", "False", message="no agent can connect")
+    assert f"{manager.namespace}/proxy-server-ca: ca.crt does not hold" in told["message"]
+    put_secret(manager, "proxy-server-ca", {"ca.crt": authority.crt + other.crt})
+    manager.await_condition("ConfigurationValid")
+    assert manager.secret("cluster-proxy-signer") == {"ca.crt": other.crt, "ca.key": other.key}
+    before = manager.settle()
     # One that would not be believed is told, with what is wrong, and left to its owner.
     crt, key = issue(
         authority, Leaf(name="x", hosts=("other.example.com",), usage=Usage.SERVER), now
@@ -951,6 +966,10 @@ def test_rights_that_are_lost_are_told_and_it_goes_on_when_they_are_back(
     told = manager.await_condition("Reconciled", "False", message="deployments")
     assert told["reason"] == "Forbidden"
     assert ACCOUNT in told["message"]
+    # What is gone meanwhile is not said to be there.
+    manager.plane.delete(manager.deployment())
+    told = manager.await_condition("ProxyServerDeployed", "False")
+    assert told["reason"] == "NotYetDeployed"
     manager.plane.patch(role, {"rules": role["rules"]})
     manager.await_reconciled()
     assert manager.deployment()["spec"]["replicas"] == 2
@@ -1089,8 +1108,9 @@ def test_cluster_profiles(manager: Installation) -> None:
     ]
     for place, labels in enumerate(wrong):
         put_cluster_profile(manager, f"wrong-{place}", labels)
-    manager.configure()
     manager.start("--feature-gates=ClusterProfile=true")
+    eventually(lambda: "waiting for it" in manager.log_text(), "there is no configuration")
+    manager.configure()
     manager.await_reconciled()
     assert providers(manager, "first") == [others]
     # Without a user server there is nothing to tell; with one there is, soon.
@@ -1113,15 +1133,15 @@ def test_cluster_profiles(manager: Installation) -> None:
             },
         },
     ]
+    # Nothing is told twice: the profiles are looked at one after the other.
+    touched = manager.plane.patch(profile, {"metadata": {"annotations": {"touched": "yes"}}})
     put_cluster_profile(manager, "second", LABELS)
     eventually(lambda: len(providers(manager, "second")) == 1, "a profile that comes later")
+    found = manager.get(PROFILE, "ClusterProfile", "first")
+    assert found["metadata"]["resourceVersion"] == touched["metadata"]["resourceVersion"]
     for place in range(len(wrong)):
         assert providers(manager, f"wrong-{place}") == []
-    # A changed CA is told again, and nothing is told twice.
-    before = manager.get(PROFILE, "ClusterProfile", "first")["metadata"]["resourceVersion"]
-    manager.plane.patch(manager.configuration(), {"metadata": {"annotations": {"touched": "yes"}}})
-    manager.settle()
-    assert manager.get(PROFILE, "ClusterProfile", "first")["metadata"]["resourceVersion"] == before
+    # A changed CA is told again.
     manager.plane.delete(manager.get("v1", "Secret", "cluster-proxy-user-serving-cert"))
     eventually(
         lambda: providers(manager, "first")[1]["cluster"]["certificate-authority-data"] != crt,

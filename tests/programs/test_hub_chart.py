@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
+from chart_snapshots import FOLDER, SNAPSHOTS, snapshot
 from examples import examples
 from helm_programs import Object, Renderer, helm, needs_helm, renderer
 from hypothesis import given, settings
@@ -140,12 +141,22 @@ def test_i2_the_load_balancer(chart: Renderer) -> None:
     }
 
 
-def test_i3_a_placement_of_ones_own(chart: Renderer) -> None:
-    where = {"placementName": "mine", "placementNamespace": "there"}
-    found = render(chart, installByPlacement=where)
+@pytest.mark.parametrize("given", [{"placementNamespace": "there"}, {}])
+def test_i3_a_placement_of_ones_own(chart: Renderer, given: Object) -> None:
+    found = render(chart, installByPlacement={"placementName": "mine", **given})
     assert found.keys() == ALWAYS
     strategy = found["ClusterManagementAddOn", "cluster-proxy"]["spec"]["installStrategy"]
-    assert strategy["placements"] == [{"name": "mine", "namespace": "there"}]
+    # As in the original, it is the release's if none is said.
+    namespace = given.get("placementNamespace", NAMESPACE)
+    assert strategy["placements"] == [{"name": "mine", "namespace": namespace}]
+
+
+def test_i3_a_namespace_without_a_placement(chart: Renderer) -> None:
+    found = render(chart, installByPlacement={"placementNamespace": "there"})
+    assert found.keys() == ALWAYS | PLACED
+    placement = found["Placement", "cluster-proxy-placement"]["metadata"]
+    strategy = found["ClusterManagementAddOn", "cluster-proxy"]["spec"]["installStrategy"]
+    assert strategy["placements"] == [{key: placement[key] for key in ("name", "namespace")}]
 
 
 def test_i4_the_user_server(chart: Renderer) -> None:
@@ -183,6 +194,22 @@ def test_i4_exposed_services(chart: Renderer) -> None:
     args = container(found, USER, "user-server")["args"]
     assert "--exposed-services-configmap=mine" in args
     assert "mine" in found["Role", USER]["rules"][0]["resourceNames"]
+
+
+@pytest.mark.parametrize("name", ["", None])
+def test_i4_the_usual_name_of_the_list(chart: Renderer, name: str | None) -> None:
+    """The original's releases up to v0.11.0 have no name for it, and --reuse-values brings that along."""
+    services = [{"namespace": "default", "service": "hello"}]
+    found = render(
+        chart,
+        enableServiceProxy=True,
+        exposedServices=services,
+        exposedServicesConfigMapName=name,
+    )
+    usual = "cluster-proxy-exposed-services"
+    assert yaml.safe_load(found["ConfigMap", usual]["data"]["services"]) == services
+    assert f"--exposed-services-configmap={usual}" in container(found, USER, "user-server")["args"]
+    assert usual in found["Role", USER]["rules"][0]["resourceNames"]
 
 
 @pytest.mark.parametrize("mode", ["enforce", "warn", "", None])
@@ -491,8 +518,15 @@ def test_the_older_version_of_the_addon_api() -> None:
     addon = on_a_cluster_with("v1alpha1")
     assert addon["apiVersion"].endswith("/v1alpha1")
     assert "defaultConfigs" not in addon["spec"]
-    [config] = addon["spec"]["supportedConfigs"]
-    assert config["defaultConfig"] == {"name": "cluster-proxy"}
+    # As the original's chart had it up to v0.10.0.
+    assert addon["spec"]["supportedConfigs"] == [
+        {
+            "group": "proxy.open-cluster-management.io",
+            "resource": "managedproxyconfigurations",
+            "defaultConfig": {"name": "cluster-proxy"},
+        },
+        {"group": "addon.open-cluster-management.io", "resource": "addondeploymentconfigs"},
+    ]
     assert addon["spec"]["installStrategy"]["type"] == "Placements"
 
 
@@ -525,10 +559,6 @@ def test_the_older_version_of_the_addon_api() -> None:
         ),
         ({"exposedServicesConfigMapName": "A_B"}, "at '/exposedServicesConfigMapName': 'A_B' does"),
         ({"featureGates": {"clusterprofile": True}}, "'clusterprofile' not allowed"),
-        (
-            {"installByPlacement": {"placementName": "x"}},
-            "installByPlacement.placementNamespace must be set",
-        ),
         (
             {"userServer": {"ingress": {"enabled": True}}},
             "needs enableServiceProxy: without it there is no user server; userServer.ingress.host must be set",
@@ -582,13 +612,14 @@ VALUES = mapping(
         entrypointLoadBalancer=SWITCH,
         entrypointAddress=ADDRESSES | st.none(),
         port=PORTS,
-        imagePullPolicy=st.sampled_from(["Always", "IfNotPresent", "Never"]) | st.none(),
+        imagePullPolicy=st.sampled_from(["Always", "IfNotPresent", "Never", "", None]),
         additionalArgs=st.lists(st.sampled_from(["--v=4", "--keepalive-time=30s"])) | st.none(),
     ),
     installByPlacement=st.sampled_from(
         [
             {"placementName": "", "placementNamespace": "x"},
             {"placementName": "123", "placementNamespace": "true"},
+            {"placementName": "x", "placementNamespace": None},
             None,
         ]
     ),
@@ -616,7 +647,7 @@ VALUES = mapping(
         max_size=3,
     )
     | st.none(),
-    exposedServicesConfigMapName=NAMES,
+    exposedServicesConfigMapName=NAMES | st.sampled_from(["", None]),
     networkPolicies=mapping(enabled=SWITCH | st.none()) | st.none(),
     manager=mapping(resources=st.just({"limits": {"memory": "1Gi"}}) | st.none()) | st.none(),
     controllers=mapping(resources=st.none()) | st.none(),
@@ -783,6 +814,12 @@ def check_user_server(found: Found, namespace: str) -> None:
 
 
 # -- the chart itself ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SNAPSHOTS)
+def test_what_a_change_of_the_charts_changes(name: str, tmp_path: Path) -> None:
+    """Look at the difference; if it is meant, write it: ``PYTHONPATH=tests python -m chart_snapshots``."""
+    assert snapshot(name, tmp_path) == (FOLDER / f"{name}.yaml").read_text()
 
 
 def test_helm_finds_nothing_wrong_with_the_chart() -> None:

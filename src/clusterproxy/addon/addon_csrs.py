@@ -72,14 +72,16 @@ class RequestReconciler:
         fleet.requests.subscribe(self._note)
 
     def open_requests(self, cluster: str | None = None) -> list[str]:
-        """Return the requests that may yet be decided on: of a cluster, or all of them."""
+        """Return the requests that may yet be decided on: those that a cluster has made for itself, or all of them."""
         return self._open.names() if cluster is None else self._open.under(cluster)
 
     def _note(self, event: WatchEvent) -> None:
         # Of one that is decided on nothing but its name is known.
         is_open = event.change is not Change.DELETED and is_ours(event.object)
-        name = text_at(event.object, "metadata", "name")
-        self._open.put(name, [cluster_of(event.object)] if is_open else ())
+        name, cluster = text_at(event.object, "metadata", "name"), cluster_of(event.object)
+        # What somebody else has asked for stays refused, and must not be in the way of the cluster's own.
+        of = cluster if requester(event.object) == cluster else ""
+        self._open.put(name, [of] if is_open else ())
 
     async def reconcile(self, name: str) -> float | None:
         """Approve or sign a request if that is right; it is looked at again when anything changes that matters.

@@ -7,9 +7,16 @@ from typing import TYPE_CHECKING, Final
 from clusterproxy.errors import ClusterProxyError
 from clusterproxy.kube.resource import map_at, text_at
 
-from .agent_values import install_namespace
+from .agent_values import MISSING_CONFIGURATION, install_namespace
 from .chart_values import UnrenderableError
-from .registration import Permission, Wanted, next_status_patch, supported_configs_patch
+from .merge_patch import condition_at
+from .registration import (
+    REGISTRATION_APPLIED,
+    Permission,
+    Wanted,
+    next_status_patch,
+    supported_configs_patch,
+)
 
 if TYPE_CHECKING:
     from clusterproxy.kube.resource import Object
@@ -51,10 +58,12 @@ class Registrar:
           ClusterProxyError: the agent could not be given its rights; why stands in the add-on's status.
           KubeError: what the apiserver says.
         """
-        if sight.configuration is None or (sight.authority is None and not sight.authority_problem):
-            # There will be, and then this comes again.
-            return addon
         addon = await self._status.write(addon, supported_configs_patch(addon))
+        if sight.configuration is None:
+            return await self._status.write(addon, self._unconfigured_patch(addon, sight))
+        if sight.authority is None and not sight.authority_problem:
+            # There will be one, and then this comes again.
+            return addon
         patch: Object | None = None
         for _ in range(_STEPS):
             permission, failure = Permission(ready=False, error=sight.authority_problem), None
@@ -80,6 +89,18 @@ class Registrar:
             f"ManagedClusterAddOn of {text_at(addon, 'metadata', 'namespace')}: the apiserver does not keep the status that "
             f"is written, the last was {sorted(map_at(patch or {}, 'status'))}: is its definition an old one?"
         )
+
+    def _unconfigured_patch(self, addon: Object, sight: HubSight) -> Object | None:
+        """Return what is said of an agent that is not registered yet while there is nothing to register it by.
+
+        Of one that is registered that is told when it is to be rendered.
+        """
+        said = condition_at(addon, REGISTRATION_APPLIED)
+        if said is not None and said.get("status") == "True":
+            return None
+        permission = Permission(ready=False, error=sight.problem or MISSING_CONFIGURATION)
+        wanted = Wanted(ca_crt=b"", install_namespace="", permission=permission)
+        return next_status_patch(addon, wanted, self._status.now(), self._status.version)
 
     def _namespace(self, addon: Object) -> str:
         config = self._configs.of(addon)

@@ -18,10 +18,16 @@ import attrs
 from clusterproxy.kube.resource import list_at, map_at, text_at
 from clusterproxy.tunnel.agent_identity import service_proxy_host
 
-from .agent_images import Mirror, mirrored, parse_image, parse_mirrors
+from .agent_deployment import failures
+from .agent_images import Image, Mirror, mirrored, parse_image, parse_mirrors
 from .certificates import CertificateError, load_pair
 from .chart_values import DEFAULTS, UnrenderableError, merge, parse_values
-from .configuration import SERVICE_PROXY_SECRET, EntrypointType, ProxyConfiguration
+from .configuration import (
+    MAIN_CONFIGURATION,
+    SERVICE_PROXY_SECRET,
+    EntrypointType,
+    ProxyConfiguration,
+)
 from .deployment_config import DeploymentConfig, called, parse_deployment_config
 from .fields import Fields, shown
 from .hub_objects import GENERATION
@@ -34,7 +40,10 @@ if TYPE_CHECKING:
     from .config import ManagerConfig
     from .fields import Problem
 
-_CONFIGURATION: Final = "cluster-proxy"
+#: What is wrong if there is no ManagedProxyConfiguration, in the apiserver's words.
+MISSING_CONFIGURATION: Final = (
+    f'managedproxyconfigurations.proxy.open-cluster-management.io "{MAIN_CONFIGURATION}" not found'
+)
 
 IMAGE_REGISTRIES: Final = "open-cluster-management.io/image-registries"
 #: Not a slip: it has no ``.io``.
@@ -87,9 +96,7 @@ def agent_values(config: ManagerConfig, sources: AgentSources) -> Object:
     values = merge(DEFAULTS, _of_addon())
     configuration = sources.configuration
     if configuration is None:
-        problems.append(
-            f'managedproxyconfigurations.proxy.open-cluster-management.io "{_CONFIGURATION}" not found'
-        )
+        problems.append(MISSING_CONFIGURATION)
     else:
         values = merge(
             values, _of_configuration(config, configuration, sources, namespace, problems)
@@ -201,22 +208,33 @@ def _images(
     deployment: DeploymentConfig,
     problems: list[str],
 ) -> Object:
-    mirrors = _mirrors_of_cluster(sources.cluster, problems)
-
-    def mirror(image: str) -> str:
+    mirrors = [(_mirrors_of_cluster(sources.cluster, problems), _cluster_mirrors(sources.cluster))]
+    if sources.deployment_config is not None:
         # Who names mirrors for the add-on alone means them.
-        found = mirrored(image, deployment.mirrors)
-        return mirrored(image, mirrors) if found == image else found
+        whose = f"{called(sources.deployment_config)}: spec.registries"
+        mirrors.insert(0, (deployment.mirrors, whose))
 
-    proxy_agent = mirror(configuration.proxy_agent.image)
-    where = f"ManagedProxyConfiguration {configuration.name}: spec.proxyAgent.image"
+    def read(image: str, where: str) -> tuple[str, Image]:
+        try:
+            parse_image(image)
+            for each, whose in mirrors:
+                found = mirrored(image, each)
+                if found != image:
+                    image, where = found, whose
+                    break
+            return image, parse_image(image)
+        except ValueError as error:
+            raise UnrenderableError([f"{where}: {error}"]) from error
+
     try:
-        agent = parse_image(proxy_agent)
+        proxy_agent, agent = read(
+            configuration.proxy_agent.image,
+            f"ManagedProxyConfiguration {configuration.name}: spec.proxyAgent.image",
+        )
         if config.agent_image_name:
-            where = "--agent-image-name"
-            agent = parse_image(mirror(config.agent_image_name))
-    except ValueError as error:
-        problems.append(f"{where}: {error}")
+            _, agent = read(config.agent_image_name, "--agent-image-name")
+    except UnrenderableError as error:
+        problems += error.problems
         return {}
     return {
         "registry": agent.registry,
@@ -233,8 +251,12 @@ def _mirrors_of_cluster(cluster: Object, problems: list[str]) -> tuple[Mirror, .
         return ()
     noted: list[Problem] = []
     found = parse_mirrors(Fields(given, "", noted))
-    problems += [f"{_annotated(cluster, IMAGE_REGISTRIES)}: {problem}" for problem in noted]
+    problems += [f"{_cluster_mirrors(cluster)}: {problem}" for problem in noted]
     return found
+
+
+def _cluster_mirrors(cluster: Object) -> str:
+    return _annotated(cluster, IMAGE_REGISTRIES)
 
 
 def _of_cluster(cluster: Object, problems: list[str]) -> Object:
@@ -322,7 +344,7 @@ def _deployment_config(obj: Object | None, problems: list[str]) -> DeploymentCon
 def _check(values: Object, above: Object, whose: str) -> None:
     """Say of values that are wrong whose they are."""
     try:
-        parse_values(values)
+        parsed = parse_values(values)
     except UnrenderableError as error:
         names = [re.split(r"\W", problem, maxsplit=1)[0] for problem in error.problems]
         raise UnrenderableError(
@@ -331,3 +353,13 @@ def _check(values: Object, above: Object, whose: str) -> None:
                 for name, problem in zip(names, error.problems, strict=True)
             ]
         ) from error
+    # Of several that do not go together one may be from elsewhere.
+    if problems := list(failures(parsed)):
+        raise UnrenderableError(
+            [
+                problem
+                if above.keys().isdisjoint(re.findall(r"\w+", problem))
+                else f"{whose}: {problem}"
+                for problem in problems
+            ]
+        )

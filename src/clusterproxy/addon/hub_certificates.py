@@ -6,6 +6,7 @@ import contextlib
 from functools import partial
 from typing import TYPE_CHECKING
 
+from clusterproxy.errors import KubeError
 from clusterproxy.kube.resource import SECRETS
 
 from .ca_rotation import REQUEST
@@ -17,7 +18,12 @@ from .certificates import (
     load_certificates,
     not_after,
 )
-from .configuration import PROXY_SERVER_CA_SECRET, USER_SERVER_SECRET, SignerType
+from .configuration import (
+    MAIN_CONFIGURATION,
+    PROXY_SERVER_CA_SECRET,
+    USER_SERVER_SECRET,
+    SignerType,
+)
 from .contention import ConflictingWriter
 from .findings import (
     AGENT_SIGNED,
@@ -31,12 +37,15 @@ from .findings import (
 )
 from .hub_objects import wanted_leaves
 from .leaves import ensure_leaf, secret_data
-from .objects import find, patiently
+from .objects import NameTaken, find, patiently
 from .provided import why_unusable
 from .signer import SignerInvalid
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
     from datetime import datetime
+
+    from cryptography import x509
 
     from clusterproxy.kube.api import KubeApi
     from clusterproxy.kube.events import EventRecorder
@@ -103,7 +112,11 @@ class HubCertificates:
         self._measure_only(configuration.name, {(namespace, name) for name in leaves})
         if configuration.signer_type is SignerType.PROVIDED:
             return await self._check(live, configuration, leaves, now, findings)
-        return await self._issue(live, configuration, leaves, owner, now, contention, findings)
+        try:
+            return await self._issue(live, configuration, leaves, owner, now, contention, findings)
+        except KubeError as error:
+            await self._tell_missing(configuration, leaves, error, findings)
+            raise
 
     async def _issue(
         self,
@@ -117,6 +130,7 @@ class HubCertificates:
     ) -> bytes:
         state = await self._authority(live, owner, now)
         for name, leaf in leaves.items():
+            kind = _condition_of(configuration, name)
             step = partial(
                 ensure_leaf,
                 self._api,
@@ -131,19 +145,35 @@ class HubCertificates:
             try:
                 end, reason = await patiently(step)
             except ConflictingWriter as error:
-                kind = _condition_of(configuration, name)
                 findings.note(kind, False, "ConflictingWriter", str(error))
                 findings.contended.append(error)
             except CertificateError as error:
-                kind = _condition_of(configuration, name)
                 raise Blocked(kind, "NotYetSigned", str(error)) from error
+            except NameTaken as error:
+                findings.note(kind, False, "NameTaken", str(error))
+                raise
             else:
                 self._measure(configuration.proxy_server.namespace, name, end)
-                kind = _condition_of(configuration, name)
                 findings.note(kind, True, "SuccessfullySigned", f"Expiry:{go_time(end)}")
                 if reason is not None:
                     self._metrics.certificates_issued_total.labels(name).inc()
         return state.bundle()
+
+    async def _tell_missing(
+        self,
+        configuration: ProxyConfiguration,
+        leaves: Iterable[str],
+        error: KubeError,
+        findings: Findings,
+    ) -> None:
+        """Say of which certificates there is none, as far as that can be found out."""
+        namespace = configuration.proxy_server.namespace
+        with contextlib.suppress(KubeError):
+            for name in leaves:
+                if await find(self._api, SECRETS, name, namespace) is None:
+                    kind = _condition_of(configuration, name)
+                    message = f"there is no Secret {namespace}/{name}: {error.message}"
+                    findings.note(kind, False, "NotYetSigned", message)
 
     async def _authority(self, live: Object, owner: Object | None, now: datetime) -> State:
         try:
@@ -208,6 +238,12 @@ class HubCertificates:
                 findings.note(kind, False, "NotYetProvided", problems[-1])
             else:
                 self._tell_end(live, called, kind, data["tls.crt"], now, findings)
+        if configuration.name == MAIN_CONFIGURATION and not await self._is_trusted(trusted):
+            problems.append(
+                f"Secret {namespace}/{PROXY_SERVER_CA_SECRET}: ca.crt does not hold the authority that signs the agents' "
+                f"certificates (ca.crt of Secret {self._signer.namespace}/{self._signer.name}), so that no agent can connect: "
+                "add it"
+            )
         if problems:
             message = "; ".join(problems)
             if absent:
@@ -217,6 +253,21 @@ class HubCertificates:
                 self._events.note(live, "Warning", "NotYetProvided", message)
             findings.note(VALID, False, "NotYetProvided", message)
         return bundle
+
+    async def _is_trusted(self, trusted: Sequence[x509.Certificate]) -> bool:
+        """Whether what is signed for agents is good for who trusts these; if nothing can be signed others tell of that."""
+        try:
+            sight = await patiently(self._signer.look)
+        except SignerInvalid:
+            return True
+        if sight is None:
+            return True
+        # Of an agent's certificate there is no chain.
+        signing = sight.state.authority.certificate
+        return any(
+            (each.subject, each.public_key()) == (signing.subject, signing.public_key())
+            for each in trusted
+        )
 
     def _tell_end(
         self,

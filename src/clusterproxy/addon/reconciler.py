@@ -320,6 +320,14 @@ class ConfigurationReconciler:
         """See to all other objects; return in how many seconds to look again."""
         server, again = configuration.proxy_server, RESYNC_S
         servers = await self._find(DEPLOYMENTS, configuration.name, server.namespace) or {}
+        if not servers:
+            # That is what is told if it cannot be made.
+            findings.note(
+                DEPLOYED,
+                False,
+                "NotYetDeployed",
+                f"there is no Deployment {server.namespace}/{configuration.name} yet",
+            )
         profile, _ = self._tls()
         if profile is None:
             # Not known, after a restart: what the servers have was good once.
@@ -349,6 +357,10 @@ class ConfigurationReconciler:
                 if resource is DEPLOYMENTS:
                     findings.note(DEPLOYED, False, "ConflictingWriter", str(error))
                 continue
+            except NameTaken as error:
+                if resource is DEPLOYMENTS:
+                    findings.note(DEPLOYED, False, "NameTaken", str(error))
+                raise
             if resource is DEPLOYMENTS:
                 replicas = value_at(present, "status", "replicas") or 0
                 findings.note(DEPLOYED, True, "SuccessfullyDeployed", f"Replicas: {replicas}")

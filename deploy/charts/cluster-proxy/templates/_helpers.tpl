@@ -35,6 +35,16 @@ component: cluster-proxy-addon-user
 proxy.open-cluster-management.io/component-name: proxy-server
 {{- end }}
 
+{{/* The namespace of the Placement. */}}
+{{- define "hub.placementNamespace" -}}
+{{- $given := .Values.installByPlacement | default dict -}}
+{{- and $given.placementName $given.placementNamespace | default .Release.Namespace -}}
+{{- end }}
+
+{{- define "hub.exposedServices" -}}
+{{- .Values.exposedServicesConfigMapName | default "cluster-proxy-exposed-services" -}}
+{{- end }}
+
 {{- define "hub.pullSecrets" -}}
 {{- with .Values.imagePullSecrets }}
 imagePullSecrets:
@@ -105,11 +115,6 @@ resources:
 {{/* Fails with all that is wrong with values that belong together. */}}
 {{- define "hub.check" -}}
 {{- $problems := list -}}
-{{- with .Values.installByPlacement -}}
-{{- if and .placementName (not .placementNamespace) -}}
-{{- $problems = append $problems "installByPlacement.placementNamespace must be set with installByPlacement.placementName: in which namespace is the Placement?" -}}
-{{- end -}}
-{{- end -}}
 {{- $ingress := (.Values.userServer).ingress -}}
 {{- if include "hub.on" ($ingress).enabled -}}
 {{- if not (include "hub.on" .Values.enableServiceProxy) -}}
