@@ -355,7 +355,7 @@ async def serving(**config: Any) -> AsyncGenerator[ServerWorld]:
     state = server_state(**config)
     async with trio.open_nursery() as nursery:
         exceeded: list[str] = []
-        limits = Http2Limits()
+        limits = Http2Limits(max_streams=state.config.max_concurrent_streams)
         frontends = RpcServer(
             {PROXY: frontend_opener(state)}, limits=limits, on_limit=exceeded.append
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import h11
 import pytest
 from hypothesis import example, given
@@ -247,8 +249,22 @@ def test_no_response(line: bytes) -> None:
 def test_lines_of_old_servers_are_mended() -> None:
     mended = normalize_lines(b"HTTP/1.1 200 OK\nA: b\r\n\t c \n  d\nE: f\n")
     assert parse_response(mended).headers == [(b"a", b"b c d"), (b"e", b"f")]
+    # A line of nothing but space goes on as well.
+    assert normalize_lines(b"A: b\r\n \r\n c\r\n") == b"A: b c\r\n"
     assert has_bare_lf(b"a\n")
     assert not has_bare_lf(b"a\r\n")
+
+
+def test_no_head_takes_long() -> None:
+    """Everybody else waits meanwhile. Each of these took seconds, and hours when it was as long as it may be."""
+    spaces = b"HTTP/1.1 200 OK\r\nA: b" + b" " * 100_000 + b"c\nD: e\r\n"
+    folds = b"HTTP/1.1 200 OK\r\nA: b" + b" \r\n\t" * 50_000 + b"c\n"
+    options = head(GET, HOST, *(b"Connection: o%d" % number for number in range(9_900)))
+    began = time.process_time()
+    assert parse_response(normalize_lines(spaces)).headers[1:] == [(b"d", b"e")]
+    assert parse_response(normalize_lines(folds)).headers == [(b"a", b"b c")]
+    assert len(parse_request(options).connection) == 9_900
+    assert time.process_time() - began < 0.5
 
 
 def test_trailers() -> None:

@@ -976,6 +976,24 @@ async def test_rapid_reset(autojump_clock: MockClock) -> None:
     assert not wired.connection.streams
 
 
+@pytest.mark.parametrize("way", ["window", "data", "trailers"])
+async def test_resets_that_the_client_has_us_make(autojump_clock: MockClock, way: str) -> None:
+    """CVE-2025-8671: frames that are wrong for a stream end it as its client's own reset does."""
+    wired, peer = server(0, limits=LOW)
+
+    def open_and_break(n: int) -> bytes:
+        number = 2 * n + 1
+        if way == "window":
+            return peer.headers(number, REQUEST) + window_update(number, LARGEST)
+        opened = peer.headers(number, REQUEST, end=True)
+        if way == "data":
+            return opened + data(number, b"x")
+        return opened + peer.headers(number, TRAILERS, end=True)
+
+    assert flood(wired, open_and_break) == 50
+    assert wired.exceeded == ["resets"]
+
+
 async def test_resets_at_a_bearable_rate(autojump_clock: MockClock) -> None:
     wired, peer = server(0, limits=LOW)
     for n in range(200):

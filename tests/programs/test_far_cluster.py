@@ -416,6 +416,19 @@ def test_services(far: FarCluster, hellos: str, version: str) -> None:
         assert found.body.startswith(text.encode())
 
 
+def test_a_pod_of_a_headless_service(far: FarCluster) -> None:
+    """By the name that the cluster's resolver has for it, and its certificate."""
+    namespace = far.managed.create_namespace()
+    address = f"{SERVICES}.5"
+    far.name(f"web-0.web.{namespace}.svc", address)
+    far.expose({"namespace": namespace, "service": "web-0.web"})
+    certificate = far.services.issue_cert(f"*.web.{namespace}.svc")
+    with hello("web-0", address, 8443, certificate), far.client("of-the-service") as client:
+        answer = client.get(far.service_url("https:web-0.web:8443", namespace))
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["hello"] == "Hello from web-0"
+
+
 def test_a_websocket_of_a_service(far: FarCluster, tmp_path: Path) -> None:
     """G7: by names that its client sends, and byte for byte in both directions."""
     namespace = far.managed.create_namespace()

@@ -409,6 +409,24 @@ def test_drain_and_profile(tmp_path: Path) -> None:
         assert hub.process("user-server").wait(timeout=20) == 0
 
 
+def test_who_takes_all_places_of_a_connection(tmp_path: Path) -> None:
+    """The proxy server takes so many streams on one; clients that hold as many keep nobody else waiting."""
+    with stage(tmp_path, 4) as one, contextlib.ExitStack() as held:
+        hub = one.hub
+        hub.kill("server")
+        hub.start_server("--proxy-strategies=destHost", "--max-concurrent-streams=8")
+        hub.wait_for_agent()
+        wait_until(lambda: one.ask("/cluster1/api")[0] == 200, "the server is back")
+        client = held.enter_context(one.client(http2=True))
+        for _ in range(20):
+            ticks = held.enter_context(client.stream("GET", "/cluster1/ticks"))
+            assert next(ticks.iter_lines()) == "tick 0"
+        began = time.monotonic()
+        for cluster in CLUSTERS:
+            assert one.ask(f"/{cluster}/api")[0] == 200
+        assert time.monotonic() - began < 10
+
+
 @needs_go
 def test_the_originals_proxy_server(tmp_path: Path) -> None:
     """New certificates for it mean a new connection, and what is open on the old one goes on."""

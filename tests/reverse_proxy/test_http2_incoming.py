@@ -148,6 +148,25 @@ async def test_trailers_of_a_request(autojump_clock: object) -> None:
         assert await origin.until() == b"2\r\nhi\r\n0\r\nX-Sum: 1\r\n\r\n"
 
 
+@pytest.mark.parametrize("body", [b"", b"hi"])
+@pytest.mark.parametrize("field", [(b"x(sum)", b"1"), (b"x,sum", b"1")])
+async def test_trailers_that_are_none(
+    autojump_clock: object, body: bytes, field: tuple[bytes, bytes]
+) -> None:
+    """The origin waits for what cannot be sent on; the client is told."""
+    async with staged() as stage:
+        client = await stage.http2_client()
+        number, origin, _ = await open_request(stage, client, method=b"POST", end=False)
+        if body:
+            client.h2.send_data(number, body)
+        client.h2.send_headers(number, [field], end_stream=True)
+        with trio.fail_after(5):
+            await client.flush()
+            assert (await client.response(number))[0] == 400
+            assert await client.body(number) == b"400 Bad Request: malformed trailer field\n"
+            assert await origin.rest() in {b"", b"2\r\nhi\r\n"}
+
+
 async def test_trailers_of_a_response(autojump_clock: object) -> None:
     async with staged() as stage:
         client = await stage.http2_client()

@@ -6,13 +6,16 @@ import socket
 import ssl
 from contextlib import suppress
 from functools import cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
 import trio
 import trio.testing
 import trustme
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from proxy_stage import GET, OK, Peer, staged
 
 from clusterproxy.reverse_proxy.exchange import Forward, Request
@@ -20,6 +23,7 @@ from clusterproxy.reverse_proxy.origin import Origin, Pool, UpstreamError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from pathlib import Path
 
     from proxy_stage import Stage
 
@@ -448,6 +452,96 @@ async def test_who_receives_does_not_wait_for_who_sends(autojump_clock: object) 
     assert await server.receive_some() == b"a"
     with pytest.raises(trio.BrokenResourceError):
         await server.receive_some()
+
+
+class Tls13Writer:
+    """A server's records of TLS 1.3 (RFC 8446 sections 5 and 7), for what the ssl module does not send.
+
+    Args:
+      key_log: what the ssl module has written down of the handshake.
+    """
+
+    def __init__(self, key_log: str, suite: str) -> None:
+        self._hash = hashes.SHA384() if suite.endswith("SHA384") else hashes.SHA256()
+        self._key_size = 16 if "AES_128" in suite else 32
+        self._aead = ChaCha20Poly1305 if "CHACHA" in suite else AESGCM
+        (secret,) = (
+            line.split()[2]
+            for line in key_log.splitlines()
+            if line.startswith("SERVER_TRAFFIC_SECRET_0 ")
+        )
+        self._use(bytes.fromhex(secret))
+
+    def _use(self, secret: bytes) -> None:
+        self._secret = secret
+        self._key = self._expand("key", self._key_size)
+        self._iv = int.from_bytes(self._expand("iv", 12), "big")
+        self._number = 0
+
+    def _expand(self, label: str, size: int) -> bytes:
+        named = b"tls13 " + label.encode()
+        info = size.to_bytes(2, "big") + bytes((len(named),)) + named + b"\0"
+        return HKDFExpand(self._hash, size, info).derive(self._secret)
+
+    def _record(self, kind: int, content: bytes) -> bytes:
+        head = b"\x17\x03\x03" + (len(content) + 17).to_bytes(2, "big")
+        nonce = (self._iv ^ self._number).to_bytes(12, "big")
+        self._number += 1
+        return head + self._aead(self._key).encrypt(nonce, content + bytes((kind,)), head)
+
+    def data(self, content: bytes) -> bytes:
+        return self._record(23, content)
+
+    def key_update(self) -> bytes:
+        """Have both ends use other keys from now on."""
+        record = self._record(22, b"\x18\0\0\x01\x01")
+        self._use(self._expand("traffic upd", self._hash.digest_size))
+        return record
+
+
+async def test_who_asks_and_does_not_read_is_given_up(
+    autojump_clock: object, tmp_path: Path
+) -> None:
+    """Each new key is an answer that waits, while somebody sends what is not taken either."""
+    ours, theirs = trio.testing.memory_stream_pair()
+    context = server_context()
+    context.num_tickets = 0
+    context.keylog_filename = str(tmp_path / "keys")
+    server = trio.SSLStream(theirs, context, server_side=True)
+    trust = client_context()
+    stuck = Stuck(ours)
+
+    async def connect() -> trio.abc.Stream:
+        return stuck
+
+    pool = Pool()
+    origin = Origin(
+        scheme="https", host=NAME, port=443, pool=pool, connect=connect, context=lambda: trust
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.do_handshake)
+        wire = (await pool.take(origin)).wire
+    cipher: Any = server.cipher()
+    writer = Tls13Writer((tmp_path / "keys").read_text(), cipher[0])
+    await theirs.send_all(writer.data(b"a") + writer.key_update() + writer.data(b"b"))
+    assert bytes(await wire.receive(1000)) == b"ab"
+    stuck.gate = trio.Event()
+    received = 0
+
+    async def ask() -> None:
+        nonlocal received
+        while received < 2000:
+            await theirs.send_all(writer.key_update() + writer.data(b"c"))
+            received += len(await wire.receive(1000))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wire.send, [b"x"])
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(trio.BrokenResourceError, match="does not read its answers"):
+            await ask()
+        # Some are no more than a peer may ask for.
+        assert received > 500
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("sockets", [False, True])

@@ -275,15 +275,28 @@ async def test_a_body_that_breaks_off(autojump_clock: object) -> None:
         assert stage.notes.results == [("POST", 499)]
 
 
-async def test_a_body_that_is_none(autojump_clock: object) -> None:
+@pytest.mark.parametrize(
+    ("body", "status", "text"),
+    [
+        (b"zz\r\n", b"400 Bad Request", b"malformed chunked encoding"),
+        (
+            b"0\r\n" + b"a:\r\n" * 10_001 + b"\r\n",
+            b"431 Request Header Fields Too Large",
+            b"too many header fields",
+        ),
+    ],
+)
+async def test_a_body_that_is_none(
+    autojump_clock: object, body: bytes, status: bytes, text: bytes
+) -> None:
     async with staged() as stage:
         client = stage.client()
-        await client.send(request(b"Transfer-Encoding: chunked", method=b"POST") + b"zz\r\n")
+        await client.send(request(b"Transfer-Encoding: chunked", method=b"POST") + body)
         origin = await stage.dialled()
         await stage.asked(origin)
         answer = await client.rest()
-        assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\n")
-        assert answer.endswith(b"\r\n\r\n400 Bad Request: malformed chunked encoding\n")
+        assert answer.startswith(b"HTTP/1.1 %b\r\n" % status)
+        assert answer.endswith(b"\r\n\r\n%b: %b\n" % (status, text))
         await until_broken(origin)
 
 
@@ -608,6 +621,8 @@ async def test_a_body_that_is_cut_resets_http_1_0(autojump_clock: object) -> Non
         (b"HTTP/1.1 200", "unexpected EOF"),
         (b"", "EOF"),
         (b"HTTP/1.1 100 Continue\r\n\r\n", "EOF"),
+        # To mend it took hours, in which nobody else was served.
+        (b"HTTP/1.1 200 OK\r\nA: b" + b" " * 1_000_000 + b"c\r\nbad\r\n\r\n", "malformed header field"),
         (b"HTTP/1.1 200 OK\r\nA: " + b"x" * 1_100_000, "server response headers exceeded 1048576 bytes; aborted"),
     ],
 )  # fmt: skip

@@ -106,7 +106,7 @@ async def test_it_comes_later(autojump_clock: MockClock, monkeypatch: pytest.Mon
         ({"data": {"ca.crt": ""}}, "has an empty ca.crt entry"),
         ({"data": {"ca.crt": "", "x": "y"}, "binaryData": {"ca.crt": "eA=="}}, "has an empty ca.crt entry"),
         ({"data": {"ca.crt": "garbage"}}, "has a ca.crt entry that cannot be used: no certificate"),
-        ({"data": {"ca.crt": pem(RIGHT)[:-30]}}, "cannot be used: no certificate"),
+        ({"data": {"ca.crt": pem(RIGHT)[:-30]}}, "cannot be used: a certificate in it has no end"),
         ({"data": {"ca.crt": pem(WRONG) + pem(RIGHT)[:-30]}}, "a certificate in it has no end"),
         ({"data": {"ca.crt": pem(RIGHT).replace("MII", "AAA", 1)}}, "certificate 1 of 1 cannot be parsed"),
         ({"data": {"ca.crt": pem(WRONG) + pem(RIGHT).replace("MII", "AAA", 1)}}, "certificate 2 of 2 cannot be parsed"),

@@ -68,6 +68,11 @@ def test_the_apiserver_is_the_apiserver(said: Headers) -> None:
         (headers(service="kubernetes-x"), Target("https", "kubernetes-x.default.svc", 443)),
         (headers("http", "Shop", "Web", "08080"), Target("http", "web.shop.svc", 8080)),
         (headers("https", "a" * 63, "0-1", "65535"), Target("https", f"0-1.{'a' * 63}.svc", 65535)),
+        # Pods of a headless Service, as the original has them.
+        (
+            headers(service="web-0.Web", namespace="shop"),
+            Target("https", "web-0.web.shop.svc", 443),
+        ),
     ],
 )
 def test_a_service(said: Headers, expected: Target) -> None:
@@ -86,7 +91,8 @@ def test_a_service(said: Headers, expected: Target) -> None:
                 "kubernetes\t", "kubernetes\x00", "kubernetes\n", "%6bubernetes", "kubernetes%00", "kubernetes:443",
                 "user@kubernetes", "kubernetes/", "kubernetes?", "kubernetes#", "kubernetes\\", "[kubernetes]",
                 "\uff4bubernetes", "\u212aubernetes", "kube\u00adrnetes", "xn--kubernetes-.x", "kubernetes,kubernetes",
-                "*", "-kubernetes", "kubernetes-", "a" * 64, "..", "10.0.0.1", "::1",
+                "*", "-kubernetes", "kubernetes-", "a" * 64, "..", "10.0.0.1", "::1", "10-0-0-1.kubernetes", "a.Kubernetes",
+                "kubernetes.a", "kubernetes.kubernetes", "a.b.c", "a.b.kubernetes", ".kubernetes", ".a", "a.", "-a.b", "a-.b",
             )
         ),
         *(
@@ -122,15 +128,22 @@ def test_twice_is_not_plain(twice: int) -> None:
         target_of([*said, headers()[twice]])
 
 
-@given(service=st.binary(max_size=80), namespace=st.binary(max_size=80), port=st.binary(max_size=8))
-def test_no_host_but_two_labels(service: bytes, namespace: bytes, port: bytes) -> None:
+# What is nearly a name, so that some are.
+NAME = st.binary(max_size=80) | st.text("abK-.0", max_size=8).map(str.encode)
+
+
+@given(service=NAME, namespace=NAME, port=st.binary(max_size=8) | st.just(b"1"))
+def test_no_host_but_few_labels(service: bytes, namespace: bytes, port: bytes) -> None:
     try:
         target = target_of(headers("https", namespace, service, port))
     except BadTarget:
         return
-    one, two, svc = target.host.split(".")
-    assert (one.encode(), two.encode(), svc) == (service.lower(), namespace.lower(), "svc")
-    assert target.is_apiserver == ((one, two) == ("kubernetes", "default"))
+    *names, where, svc = target.host.split(".")
+    assert len(names) <= 2
+    assert all(names)
+    assert (".".join(names).encode(), where.encode()) == (service.lower(), namespace.lower())
+    assert svc == "svc"
+    assert target.is_apiserver == ((names, where) == (["kubernetes"], "default"))
 
 
 def test_what_was_for_the_proxy_stays_there() -> None:

@@ -160,6 +160,7 @@ def test_forms(raw: str, target: Target) -> None:
         (SERVICE.format("x.:80"), "invalid service name"),
         (SERVICE.format("x@evil.example:80"), "invalid service name"),
         (SERVICE.format("..:80"), "invalid service name"),
+        (SERVICE.format("a.b.c:80"), "invalid service name"),
         (SERVICE.format(".".join(["a" * 60] * 5) + ":80"), "invalid service name"),
         (SERVICE.format("x"), "invalid request headers: the port is missing"),
         (SERVICE.format("x:"), "invalid request headers: the port is missing"),

@@ -147,6 +147,46 @@ async def test_one_connection_for_all(files: Files, nursery: trio.Nursery) -> No
         nursery.cancel_scope.cancel()
 
 
+async def test_who_takes_all_places_keeps_nobody_waiting(
+    files: Files, nursery: trio.Nursery
+) -> None:
+    """A server takes so many streams on a connection; each request that is under way has one."""
+    async with serving(proxy_strategies=("destHost",), max_concurrent_streams=3) as world:
+        agent = await world.agent("a", "host=c1")
+        nursery.start_soon(play_agent, agent)
+        async with tunnelled(files, world) as (servers, replicas):
+            with trio.fail_after(5):
+                held = [await servers.dial("c1:7443") for _ in range(7)]
+                await echo(servers)
+            assert replicas.open == [True, True, True]
+            # What has no more streams is closed.
+            for stream in held[:3]:
+                await stream.aclose()
+            await settle()
+            assert replicas.open == [False, True, True]
+            for stream in held[3:]:
+                await stream.aclose()
+        nursery.cancel_scope.cancel()
+
+
+async def test_who_comes_at_once_shares_the_next_connection(
+    files: Files, nursery: trio.Nursery
+) -> None:
+    async with serving(proxy_strategies=("destHost",), max_concurrent_streams=3) as world:
+        agent = await world.agent("a", "host=c1")
+        nursery.start_soon(play_agent, agent)
+        async with tunnelled(files, world) as (servers, replicas):
+            held = [await servers.dial("c1:7443") for _ in range(3)]
+            with trio.fail_after(5):
+                async with trio.open_nursery() as dials:
+                    for _ in range(3):
+                        dials.start_soon(echo, servers)
+            assert replicas.open == [True, True]
+            for stream in held:
+                await stream.aclose()
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_server_without_the_agent_is_passed_over(
     files: Files, nursery: trio.Nursery
 ) -> None:

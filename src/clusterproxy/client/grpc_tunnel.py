@@ -214,6 +214,10 @@ class GrpcTunnel(Tunnel):
                     return stream
             if not connection.lost and not connection.draining:
                 # It takes no more streams for now.
+                if self._config.spread and connection.streams:
+                    if self._current is connection:
+                        self.renew()
+                    continue
                 with trio.move_on_after(_RETRY_S):
                     await freed.wait()
             elif farewells == len(_FAREWELL_PAUSES):

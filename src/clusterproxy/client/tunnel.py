@@ -30,6 +30,7 @@ class TunnelConfig:
       connect_timeout_s: for everything up to a usable connection to the server.
       dial_timeout_s: for a dial that nobody answers (the Go client's backstop).
       keepalive_s: silence before a PING, or None for what the server allows.
+      spread: make another connection where one takes no more streams, instead of waiting for a place.
     """
 
     server: Server
@@ -40,6 +41,7 @@ class TunnelConfig:
     keepalive_s: float | None
     user_agent: str
     metrics: ClientMetrics
+    spread: bool = False
 
 
 class Tunnel(ABC):

@@ -341,7 +341,8 @@ class Http2Connection:
         stream = self.streams.get(event.stream_id)
         if stream is None:
             return
-        wasted = event.remote_reset and not stream.useful and not self._client
+        # Whoever resets it: a client can have h2 do that, by frames that are wrong for the stream (CVE-2025-8671).
+        wasted = not stream.useful and not self._client
         if wasted and not self._resets.spend(self._last_read):
             self.exceed("resets", "too many streams reset")
         self._forget(stream, int(event.error_code), "stream reset by the peer", tell=True)

@@ -61,7 +61,7 @@ class Http2Limits:
       max_frame_size: the largest DATA frame taken. Our own peers then send a packet in one frame.
       max_header_list: uncompressed size of a header list (RFC 9113 §6.5.2).
       max_read: what is read and dispatched at once: a byte can be a whole header field, and others wait meanwhile.
-      max_resets_per_s: streams that a client resets before they were answered (CVE-2023-44487).
+      max_resets_per_s: streams that a client resets, or has us reset, before they were answered (CVE-2023-44487).
       max_control_frames_per_s: PING, SETTINGS, PRIORITY, empty DATA and the like (CVE-2019-9512 ff.);
         frames that come with the traffic, as WINDOW_UPDATE does, are paid for by it.
     """

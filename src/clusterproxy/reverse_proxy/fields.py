@@ -66,11 +66,11 @@ def end_to_end(headers: Headers, connection: frozenset[bytes]) -> Headers:
 
 def connection_options(headers: Headers) -> frozenset[bytes]:
     """Return what is listed in ``Connection``, in lower case."""
-    options: frozenset[bytes] = frozenset()
+    options: set[bytes] = set()
     for name, value in headers:
         if name == b"connection":
             options |= tokens(value)
-    return options
+    return frozenset(options)
 
 
 def first(headers: Headers, name: bytes) -> bytes:

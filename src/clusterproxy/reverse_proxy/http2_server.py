@@ -20,7 +20,7 @@ from clusterproxy.http2.flow import Flow
 
 from .exchange import Request
 from .fields import end_to_end, first, join_cookies, joined, wants_trailers
-from .incoming import NO_BODY, Incoming, error_fields, phrase
+from .incoming import NO_BODY, ClientGone, Incoming, error_fields, phrase
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -114,6 +114,7 @@ class Http2Exchange(Incoming):
         self.trailers: Headers = []
         self.body_done = stream.peer_ended
         self._ended = stream.peer_ended
+        self._malformed = False
 
     # -- the request -------------------------------------------------------------------------------
 
@@ -185,6 +186,7 @@ class Http2Exchange(Incoming):
     async def receive_body(self) -> list[Buffer]:
         while not self._pieces:
             if self._ended:
+                self._check_trailers()
                 self.body_done = True
                 return []
             self._arrived = trio.Event()
@@ -193,10 +195,17 @@ class Http2Exchange(Incoming):
         size, self._queued = self._queued, 0
         self.body_done = self._ended
         self._stream.release(size)
+        if self._ended:
+            self._check_trailers()
         return pieces
+
+    def _check_trailers(self) -> None:
+        if self._malformed:
+            raise ClientGone("malformed trailer field", 400)
 
     def on_headers(self, headers: list[Header]) -> None:
         self.trailers = list(headers)
+        self._malformed = any(_is_broken(value) or not is_token(name) for name, value in headers)
 
     def on_data(self, view: memoryview) -> bool:
         if self.finished:

@@ -12,7 +12,7 @@ import trio
 from clusterproxy.errors import ClusterProxyError
 
 from .exchange import Answer, Decide, Forward, Request
-from .incoming import ClientGone
+from .incoming import ClientGone, phrase
 from .observer import Observer
 from .origin import UpstreamError
 from .passage import Passage
@@ -73,7 +73,8 @@ class Relay:
         incoming.gone = True
         if error.status and not incoming.started:
             with suppress(ClientGone):
-                await incoming.answer(Answer(error.status, f"{error.status} Bad Request: {error}"))
+                words = f"{error.status} {phrase(error.status).decode()}: {error}"
+                await incoming.answer(Answer(error.status, words))
                 incoming.gone = False
 
     async def _apologize(self, incoming: Incoming) -> None:

@@ -27,6 +27,9 @@ _PLAIN: Final = 512 * 1024
 # What one record can add to the plaintext beyond the ciphertext of its own batch.
 _RECORD: Final = 16 * 1024 + 512
 
+# Records that wait while somebody sends: his own, which are a few dozens, and answers to the other end.
+_MOST_UNSENT: Final = 1000
+
 # How long the other end may take to confirm a close.
 _CLOSE_S: Final = 10.0
 
@@ -263,6 +266,8 @@ class TlsWire:
                 if not self._sending.locked():
                     plain = memoryview(bytes(plain))
                     await self._flush()
+                elif len(self._unsent) > _MOST_UNSENT:
+                    raise trio.BrokenResourceError("TLS: the peer does not read its answers")
             if plain:
                 return plain
         if self._error:

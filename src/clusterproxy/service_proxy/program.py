@@ -24,6 +24,7 @@ from clusterproxy.transport.listener import accept_forever, listen_tcp
 from .authentication import Chain, Provider, Reviewer
 from .certificates import Certificates
 from .metrics import ServiceProxyMetrics
+from .names import Names
 from .proxy import ServiceProxy
 from .target import APISERVER
 
@@ -54,6 +55,7 @@ async def run_service_proxy(config: ServiceProxyConfig) -> int:
     Raises:
       ConfigError: a file, a kubeconfig, the TLS profile or a port cannot be used.
     """
+    trio.socket.set_custom_hostname_resolver(Names())
     async with AsyncExitStack() as apis:
         managed = await _open_api(apis, config, "kubeconfig", config.kubeconfig)
         hub: KubeApi | None = None

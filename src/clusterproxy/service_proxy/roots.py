@@ -5,7 +5,6 @@ A bundle of which a part is broken is refused as a whole: half of what somebody 
 
 from __future__ import annotations
 
-import re
 import ssl
 from pathlib import Path
 from typing import Final
@@ -13,10 +12,8 @@ from typing import Final
 from clusterproxy.errors import ConfigError
 from clusterproxy.transport.tls import client_context
 
-_CERTIFICATE: Final = re.compile(
-    rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL
-)
 _BEGIN: Final = b"-----BEGIN CERTIFICATE-----"
+_END: Final = b"-----END CERTIFICATE-----"
 
 
 def parse_bundle(pem: bytes) -> bytes:
@@ -25,11 +22,14 @@ def parse_bundle(pem: bytes) -> bytes:
     Raises:
       ValueError: there is none, or one is broken.
     """
-    found = _CERTIFICATE.findall(pem)
+    found: list[bytes] = []
+    for text in pem.split(_BEGIN)[1:]:
+        inner, end, _ = text.partition(_END)
+        if not end:
+            raise ValueError("a certificate in it has no end")
+        found.append(_BEGIN + inner + end)
     if not found:
         raise ValueError("no certificate in PEM form in it")
-    if len(found) != pem.count(_BEGIN):
-        raise ValueError("a certificate in it has no end")
     bundle = b""
     for number, text in enumerate(found, 1):
         try:

@@ -1,7 +1,8 @@
 """Where a request is to go: what the user server says in four headers. Pure.
 
 The apiserver gets requests as somebody whom the proxy has authenticated, so there is one spelling of it here. Names have to be
-DNS labels and ports numbers: whatever else a resolver, a URL or another proxy might take for the same place is refused.
+DNS labels (two, for a pod of a headless Service) and ports numbers: whatever else a resolver, a URL or another proxy might take
+for the same place is refused.
 Source: upstream ``pkg/utils/utils.go``, ``GetTargetServiceURLFromRequest``.
 """
 
@@ -32,7 +33,7 @@ class BadTarget(Exception):
 
 @attrs.frozen
 class Target:
-    """A service of the cluster."""
+    """A service of the cluster, or a pod of one."""
 
     scheme: str
     host: str
@@ -66,7 +67,7 @@ def target_of(headers: Headers) -> Target:
     if scheme not in {b"http", b"https"}:
         raise BadTarget(f"invalid request headers: {_shown(_PROTO)} is not http or https")
     namespace = _label(_NAMESPACE, said[_NAMESPACE])
-    service = _label(_SERVICE, said[_SERVICE])
+    service = _service(said[_SERVICE])
     port = said[_PORT]
     if _DIGITS.fullmatch(port) is None or not 0 < int(port) < 65_536:
         raise BadTarget(f"invalid request headers: {_shown(_PORT)} is not a port number")
@@ -78,6 +79,18 @@ def target_of(headers: Headers) -> Target:
 def without_target(headers: Headers) -> Headers:
     """Return the headers without those that were for the service proxy."""
     return [(name, value) for name, value in headers if not name.startswith(_PREFIX)]
+
+
+def _service(value: bytes) -> str:
+    """Return the name of a Service, or that of a pod below it, which resolvers know of headless ones."""
+    pod, dot, service = value.rpartition(b".")
+    if not dot:
+        return _label(_SERVICE, value)
+    labels = [_label(_SERVICE, part) for part in (pod, service)]
+    # Resolvers have such names for the apiserver's endpoints, too.
+    if "kubernetes" in labels:
+        raise BadTarget(f"invalid request headers: {_shown(_SERVICE)} is not a name")
+    return ".".join(labels)
 
 
 def _label(header: bytes, value: bytes) -> str:

@@ -40,7 +40,7 @@ class UserServerMetrics(ProxyMetrics):
         )
         self.exposed_services_valid = self._own_gauge(
             "user_server_exposed_services_valid",
-            "Whether the list of services is as the ConfigMap says: 0 while that has a mistake, or cannot be read.",
+            "Whether the list of services is as the ConfigMap says: 0 while that has a mistake, and before it was read.",
         )
 
     def note_reached(self, cluster: str) -> None:

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 # so none of the two can reach into another name when both are put together to a host.
 _LABEL: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 # Pods of a headless Service have names below it.
-_SERVICE: Final = re.compile(rf"{_LABEL.pattern}(\.{_LABEL.pattern})*")
-_MAX_SERVICE: Final = 253
+_SERVICE: Final = re.compile(rf"{_LABEL.pattern}(\.{_LABEL.pattern})?")
 # The one spelling of each: an allowlist compares texts.
 _PORT: Final = re.compile(r"[1-9][0-9]{0,4}")
 _SCHEMES: Final = ("", "http", "https")
@@ -131,7 +130,7 @@ def _service(cluster: str, namespace: str, reference: str, path: bytes) -> Targe
         raise BadTarget(
             f"{invalid}: it must be NAME:PORT or SCHEME:NAME:PORT, SCHEME http or https"
         )
-    if len(name) > _MAX_SERVICE or not _SERVICE.fullmatch(name):
+    if not _SERVICE.fullmatch(name):
         raise BadTarget(f"{invalid}: no Service has such a name")
     if not _LABEL.fullmatch(namespace):
         raise BadTarget(f"invalid namespace {_quoted(namespace)}")

@@ -51,6 +51,8 @@ class ProxyServers:
             keepalive_s=None,
             user_agent=f"user-server clusterproxy/{__version__}",
             metrics=ClientMetrics(),
+            # Whoever holds all places of a connection keeps nobody waiting.
+            spread=True,
         )
         self._nursery = nursery
         self._ways: list[GrpcTunnel] = []
