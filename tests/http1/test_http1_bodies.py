@@ -36,6 +36,10 @@ def feed(body: Decoder, parts: Iterable[bytes]) -> tuple[bytes, bytes]:
             continue
         for piece in body.feed(memoryview(lent)):
             content += piece
+        while body.more:
+            lent[:] = bytes(len(lent))
+            for piece in body.feed(b""):
+                content += piece
         ended = body.done
         if ended:
             rest += body.rest
@@ -110,6 +114,21 @@ def test_every_byte_alone() -> None:
     data = chunked([b"hello", b"x" * 30], b";ext=1", b"Sum: 1\r\n") + b"GET"
     body = ChunkedBody()
     assert feed(body, [bytes((byte,)) for byte in data]) == (b"hello" + b"x" * 30, b"GET")
+
+
+def test_many_chunks_are_taken_in_turns() -> None:
+    chunks = [bytes((number % 256,)) for number in range(2500)]
+    data = chunked(chunks, b"", b"A: b\r\n")
+    body = ChunkedBody()
+    sizes = [len(body.feed(memoryview(data + b"GET")))]
+    while body.more:
+        assert not body.done
+        sizes.append(len(body.feed(b"")))
+    assert sizes == [1000, 1000, 500]
+    assert (body.done, bytes(body.rest), body.trailers) == (True, b"GET", [(b"a", b"b")])
+    # Cut in the middle of a line, what comes next belongs behind it.
+    for place in range(len(data) - 30, len(data)):
+        assert feed(ChunkedBody(), [data[:place], data[place:]]) == (b"".join(chunks), b"")
 
 
 def test_chunks_are_not_copied() -> None:

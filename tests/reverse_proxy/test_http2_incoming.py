@@ -193,6 +193,24 @@ async def test_what_comes_is_passed_on_at_once(autojump_clock: object) -> None:
         assert await client.body(number) == b""
 
 
+async def test_tiny_chunks_share_frames(autojump_clock: object) -> None:
+    content = b"a" * 20_000
+    async with staged() as stage, trio.open_nursery() as nursery:
+        client = await stage.http2_client()
+        number, origin, _ = await open_request(stage, client)
+        nursery.start_soon(
+            origin.send,
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\na\r\n" * 20_000 + b"0\r\n\r\n",
+        )  # fmt: skip
+        assert await client.response(number) == (200, {})
+        received, frames = 0, 0
+        while received < len(content):
+            received += len((await client.event(h2.events.DataReceived, number)).data)
+            frames += 1
+        assert frames < 1000
+        assert await client.body(number) == b""
+
+
 @pytest.mark.parametrize("method", [b"GET", b"HEAD"])
 async def test_an_answer_of_our_own(autojump_clock: object, method: bytes) -> None:
     async with staged() as stage:

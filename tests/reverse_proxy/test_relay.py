@@ -13,6 +13,7 @@ from harness import tcp_pair
 from proxy_stage import GET, OK, Peer, staged
 
 from clusterproxy.errors import DialError, DialReason
+from clusterproxy.http1.bodies import ChunkedBody
 from clusterproxy.reverse_proxy.exchange import Answer, Forward, Request
 from clusterproxy.reverse_proxy.origin import Connection, Origin, Pool
 
@@ -487,6 +488,34 @@ async def test_what_comes_is_passed_on_at_once(autojump_clock: object) -> None:
         await origin.send(b"\r\n")
         assert await client.until() == b"0\r\n\r\n"
         assert stage.pool.waiting == 1
+
+
+async def whole(peer: Peer) -> bytes:
+    """Return a chunked body."""
+    body, content = ChunkedBody(), b""
+    while not body.done:
+        view = b"" if body.more else await peer.exactly(1)
+        content += b"".join(body.feed(view))
+    return content
+
+
+async def test_tiny_chunks_arrive_whole(autojump_clock: object) -> None:
+    """They are taken in turns with what others want; nothing is waited for that is there already."""
+    content = bytes(range(256)) * 100
+    tiny = b"".join(b"1\r\n%c\r\n" % byte for byte in content) + b"0\r\n\r\n"
+    chunked = b"Transfer-Encoding: chunked"
+    async with staged() as stage, trio.open_nursery() as nursery:
+        client = stage.client()
+        await client.send(request(chunked, method=b"POST"))
+        origin = await stage.dialled()
+        await stage.asked(origin)
+        nursery.start_soon(client.send, tiny)
+        assert await whole(origin) == content
+        nursery.start_soon(origin.send, b"HTTP/1.1 200 OK\r\n%b\r\n\r\n%b" % (chunked, tiny))
+        await client.until()
+        assert await whole(client) == content
+        await client.send(GET)
+        assert (await stage.asked(origin)).startswith(b"GET ")
 
 
 async def test_trailers_of_a_response(autojump_clock: object) -> None:

@@ -19,6 +19,8 @@ _MAX_TRAILERS: Final = 64 * 1024
 _CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*+)?")
 # The length of a usual line.
 _SHORT: Final = 32
+# Chunks that are taken at once: some milliseconds' work, while others wait. A chunk may be one byte.
+_MOST_PIECES: Final = 1000
 
 
 class Truncated(Exception):
@@ -30,11 +32,13 @@ class Decoder(Protocol):
 
     Attributes:
       done: its end has come.
+      more: not all was taken of what came: feed nothing to go on, and let others run before.
       rest: what came behind the end.
       trailers: what stood at the end.
     """
 
     done: bool
+    more: bool
     rest: Buffer
     trailers: Headers
 
@@ -57,10 +61,11 @@ class Decoder(Protocol):
 class LengthBody:
     """A body with a length, which may be 0."""
 
-    __slots__ = ("_left", "done", "rest", "trailers")
+    __slots__ = ("_left", "done", "more", "rest", "trailers")
 
     def __init__(self, length: int) -> None:
         self._left = length
+        self.more = False
         self.done = not length
         self.rest: Buffer = b""
         self.trailers: Headers = []
@@ -87,10 +92,10 @@ class LengthBody:
 class UntilClose:
     """A body of a response that ends with its connection."""
 
-    __slots__ = ("done", "rest", "trailers")
+    __slots__ = ("done", "more", "rest", "trailers")
 
     def __init__(self) -> None:
-        self.done = False
+        self.done = self.more = False
         self.rest: Buffer = b""
         self.trailers: Headers = []
 
@@ -104,10 +109,21 @@ class UntilClose:
 class ChunkedBody:
     """A chunked body (RFC 9112 §7.1); its extensions are dropped."""
 
-    __slots__ = ("_excess", "_left", "_partial", "_state", "done", "rest", "trailers")
+    __slots__ = (
+        "_ahead",
+        "_excess",
+        "_left",
+        "_partial",
+        "_state",
+        "done",
+        "more",
+        "rest",
+        "trailers",
+    )
 
     def __init__(self) -> None:
-        self.done = False
+        self.done = self.more = False
+        self._ahead = memoryview(b"")
         self.rest: Buffer = b""
         self.trailers: Headers = []
         self._partial = b""
@@ -117,13 +133,21 @@ class ChunkedBody:
         self._excess = 0
 
     def feed(self, view: Buffer) -> list[Buffer]:
-        if self._partial:
+        if ours := self.more:
+            assert not view  # noqa: S101
+            view = self._ahead
+            self.more = False
+        elif self._partial:
             view = self._partial + view
             self._partial = b""
         view = memoryview(view)
         pieces: list[Buffer] = []
         at, size = 0, len(view)
         while at < size and not self.done:
+            if len(pieces) == _MOST_PIECES:
+                self.more = True
+                self._ahead = view[at:] if ours else memoryview(bytes(view[at:]))
+                break
             if self._state == _CONTENT:
                 piece = view[at : at + self._left]
                 pieces.append(piece)

@@ -34,7 +34,7 @@ _BARE_LF: Final = re.compile(rb"(?<!\r)\n")
 _FOLD: Final = re.compile(rb"(?<![ \t])[ \t]*+(?:\r\n[ \t]++)++")
 
 #: More fields than this are no honest message's.
-MAX_FIELDS: Final = 10_000
+MAX_FIELDS: Final = 3000
 
 # How a name is written and what follows it; most messages have the same few dozen.
 _written: dict[bytes, bytes] = {}

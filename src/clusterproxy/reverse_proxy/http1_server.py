@@ -276,7 +276,11 @@ class Http1Exchange(Incoming):
         body = self.body
         # What follows it is the next request.
         while not self.body_done:
-            view = await self._connection.receive()
+            if body.more:
+                await trio.lowlevel.checkpoint()
+                view: Buffer = b""
+            else:
+                view = await self._connection.receive()
             self.read = True
             try:
                 pieces = body.feed(view)

@@ -52,6 +52,9 @@ _MOST_INFORMATIONAL: Final = 100
 _LEAST_READ: Final = 32 * 1024
 _MOST_READ: Final = 512 * 1024
 
+# Over HTTP/2 each piece would be a frame.
+_MOST_PIECES: Final = 64
+
 _NOTHING: Final[frozenset[bytes]] = frozenset()
 _EXPECTATION: Final = frozenset({b"expect"})
 
@@ -262,9 +265,13 @@ class Passage:
                 self._put(body, view)
             await incoming.flush()
             while not body.done:
-                view = await wire.receive(size)
-                if not view:
-                    body.end()
+                if body.more:
+                    await trio.lowlevel.checkpoint()
+                    view = b""
+                else:
+                    view = await wire.receive(size)
+                    if not view:
+                        body.end()
                 with incoming.outbox:
                     self._put(body, view)
                 prompt = await incoming.flush()
@@ -285,7 +292,9 @@ class Passage:
 
     def _put(self, body: Decoder, view: Buffer) -> None:
         incoming = self._incoming
-        pieces = body.feed(view) if len(view) and not body.done else []
+        pieces = body.feed(view) if (len(view) or body.more) and not body.done else []
+        if len(pieces) > _MOST_PIECES:
+            pieces = [b"".join(pieces)]
         if pieces:
             incoming.put_data(pieces)
         if body.done:
