@@ -72,7 +72,7 @@ check: $(READY) ## ruff, mypy --strict, pyright
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(READY) go-is-here ## measure beside the Go programs and others: verdicts and plots (32 minutes; BENCH_ARGS=--quick: 6)
+bench: $(READY) go-is-here ## measure beside the Go programs and others: verdicts and plots (36 minutes; BENCH_ARGS=--quick: 7)
 	@PYTHONPATH=conformance $(BIN)/python -m bench --json build/bench.json $(BENCH_ARGS)
 
 docs: $(READY) ## write docs/api.md and the pinned public surface anew

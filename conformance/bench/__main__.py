@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from . import agents, growth, isolation, kubectl, line, userserver
+from . import agents, footprint, growth, isolation, kubectl, line, portforward, userserver
 from .cases import PARTS, cases, chosen
 from .contenders import PORTS, TLS_PORTS, Contenders
 from .machine import machine
@@ -160,12 +160,17 @@ def measure(options: Options, folder: Path) -> Iterator[Row]:
             "isolation", lambda: isolation.isolation(contenders, options.isolation_rounds, seconds, folder, words)
         )
     # When the pairs have ended, for these are more programs than any other part has.
+    yield from _part(
+        portforward.PART, lambda: portforward.port_forward(options.rounds, options.seconds, folder, words)
+    )
     watches = userserver.QUICK_WATCHES if quick else userserver.WATCHES
     yield from _part(
         userserver.PART, lambda: userserver.http(options.rounds, options.seconds, watches, folder, words)
     )
     pods = kubectl.QUICK_PODS if quick else kubectl.PODS
     yield from _part(kubectl.PART, lambda: kubectl.kubectl(options.rounds, pods, folder, words))
+    idle = 1.0 if quick else footprint.IDLE_SECONDS
+    yield from _part(footprint.PART, lambda: footprint.footprint(options.rounds, idle, folder, words))
 
 
 def _part(name: str, rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 Service = Literal["sink", "source", "echo", "hole", "fine-sink"]
 
-PARTS: Final = ("tunnels", "agents", "bulk", "sizes", "socket", "latency", "dials", "beside", "isolation", "http", "kubectl", "line")
+PARTS: Final = ("tunnels", "agents", "bulk", "sizes", "socket", "latency", "dials", "beside", "isolation", "port-forward", "http", "kubectl", "programs", "line")
 
 MAIN: Final = ("go", "ours")
 CONNECT: Final = ("go-connect", "ours-connect")
@@ -35,6 +35,9 @@ LABELS: Final[Mapping[str, str]] = {
     "without": "without a proxy",
     "tunnel": "the tunnel itself",
     "go-user-server": "Go, user server",
+    "straight": "straight to the server",
+    "forwarded": "by the apiserver, ours",
+    "forwarded-by-kubectl": "by the apiserver, kubectl",
 }
 
 # What only shows where the field is, or how a curve goes, has no more rounds than this.

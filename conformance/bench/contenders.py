@@ -50,6 +50,8 @@ class Contender:
     transport: str
     args: Sequence[str] = ()
     ports: Mapping[Service, int] = PORTS
+    host: str = "127.0.0.1"
+    """Where the services are."""
     pids: Mapping[str, Sequence[int]] = attrs.field(factory=dict[str, "Sequence[int]"])
 
     @property
@@ -82,7 +84,7 @@ class Contender:
         transport = f"{self.transport}-reusable" if case.reusable else self.transport
         return [
             "--transport", transport, *self.args, "--watch", watch, "--mode", case.mode,
-            "--target", f"127.0.0.1:{self.ports[case.service]}", "--echo", f"127.0.0.1:{self.ports['echo']}",
+            "--target", f"{self.host}:{self.ports[case.service]}", "--echo", f"{self.host}:{self.ports['echo']}",
             "--parallel", str(case.parallel), "--size", str(case.size),
             "--duration", f"{seconds}s", "--warmup", f"{case.warmup}s",
         ]  # fmt: skip

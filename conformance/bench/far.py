@@ -89,17 +89,16 @@ class Far:
 
 
 @contextmanager
-def far_cluster(folder: Path) -> Generator[Far]:
-    """Run all of it while the context lasts.
+def control_planes(folder: Path, *names: str) -> Generator[list[ControlPlane]]:
+    """Run control planes of these names while the context lasts; what the tests have can be imported in it.
 
     Raises:
-        NotMeasured: it cannot be had here; says why.
+        NotMeasured: they cannot be had here; says why.
     """
     # Helpers of the tests, which need what only tests have.
     for path in ("programs", ""):
         sys.path.insert(0, str(CONFORMANCE.parent / "tests" / path))
     try:
-        import far_cluster as parts
         from kube.build import MissingProgramError, kube_program, kubeletd_program
     except ImportError as error:
         raise NotMeasured(f"needs what tests need: {error}") from error
@@ -110,9 +109,22 @@ def far_cluster(folder: Path) -> Generator[Far]:
         raise NotMeasured(str(error)) from error
     with ExitStack() as stack:
         slot = stack.enter_context(_slot())
-        hub, managed = (
-            stack.enter_context(_plane(name, number, slot, folder)) for number, name in enumerate(("hub", "managed"))
-        )
+        yield [stack.enter_context(_plane(name, number, slot, folder)) for number, name in enumerate(names)]
+
+
+@contextmanager
+def far_cluster(folder: Path) -> Generator[Far]:
+    """Run all of it while the context lasts.
+
+    Raises:
+        NotMeasured: it cannot be had here; says why.
+    """
+    with ExitStack() as stack:
+        hub, managed = stack.enter_context(control_planes(folder, "hub", "managed"))
+        try:
+            import far_cluster as parts
+        except ImportError as error:
+            raise NotMeasured(f"needs what tests need: {error}") from error
         cluster = stack.enter_context(
             parts.far_cluster(folder, hub, managed, None, first_port=FIRST_PORT, addresses=ADDRESSES)
         )

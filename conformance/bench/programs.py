@@ -105,15 +105,7 @@ def pair(
     Raises:
         NotMeasured: it was not ready within 15 s; its logs are on stderr.
     """
-    agent_args = [
-        *agent,
-        *_files(folder, ("agent-cert", "agent.crt"), ("agent-key", "agent.key"), ("ca-cert", "cluster-ca.crt")),
-        "--proxy-server-host=127.0.0.1",
-        f"--proxy-server-port={port + 1}",
-        f"--health-server-port={port + 4}",
-        f"--admin-server-port={port + 5}",
-        "--v=0",
-    ]
+    agent_args = agent_command(agent, port + 1, port + 4, folder)
     with (
         running(server_command(server, port, folder, mode, uds), folder / f"{name}-server.log") as server_process,
         running(agent_args, folder / f"{name}-agent.log") as agent_process,
@@ -139,6 +131,19 @@ def server_command(
         f"--agent-port={port + 1}",
         f"--health-port={port + 2}",
         f"--admin-port={port + 3}",
+        "--v=0",
+    ]
+
+
+def agent_command(agent: Sequence[str], server_port: int, port: int, folder: Path) -> list[str]:
+    """Return an agent's command line: health at `port`, admin at `port` + 1."""
+    return [
+        *agent,
+        *_files(folder, ("agent-cert", "agent.crt"), ("agent-key", "agent.key"), ("ca-cert", "cluster-ca.crt")),
+        "--proxy-server-host=127.0.0.1",
+        f"--proxy-server-port={server_port}",
+        f"--health-server-port={port}",
+        f"--admin-server-port={port + 1}",
         "--v=0",
     ]
 

@@ -121,7 +121,7 @@ def _cost(result: Result) -> str:
     if result.programs():
         each = ", ".join(
             f"{name} {result.cpu(name):.2f}"
-            for name in ("user-server", "server", "agent", "service-proxy", "client")
+            for name in ("user-server", "server", "kubelet", "apiserver", "forwarder", "agent", "service-proxy", "client")
             if name in result.programs()
         )
         proxy = sum(cores for name, cores in cores_per_gbit(result).items() if name != "client")

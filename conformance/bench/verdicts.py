@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import attrs
 
-from . import growth, isolation, kubectl, userserver
+from . import agents, footprint, growth, isolation, kubectl, userserver
 from .cases import read_name, write_name
 from .far import PROGRAMS
 
@@ -32,7 +32,7 @@ class Target:
     """
 
     name: str
-    step: Literal["A", "B", "C", "F"]
+    step: Literal["A", "B", "C", "F", "G"]
     bound: float
     at_least: bool
     of: str
@@ -122,6 +122,7 @@ def targets() -> list[Target]:
         *_isolation(),
         *_user_server(),
         *_kubectl(),
+        *_programs(),
         *_earlier_steps(),
     ]
 
@@ -142,7 +143,7 @@ def quotient(one: float | None, other: float | None) -> float | None:
     return one / other if one is not None and other else None
 
 
-def _beside_go(name: str, bound: float, part: str, row: str, figure: str, *, at_least: bool, step: Literal["A", "B", "C", "F"] = "C",
+def _beside_go(name: str, bound: float, part: str, row: str, figure: str, *, at_least: bool, step: Literal["A", "B", "C", "F", "G"] = "C",
                over: tuple[str, str] = ("ours", "go"), of: str = "× Go") -> Target:  # fmt: skip
     return Target(
         name=name, step=step, bound=bound, at_least=at_least, of=of,
@@ -359,6 +360,22 @@ def _kubectl() -> list[Target]:
         _beside_go(f"kubectl {pods}", 1.3, part, pods, "s", at_least=False, step="F", over=("ours", "without"), of="× direct"),
         Target(name=f"p99, kubectl {kubectl.EXEC}", step="F", bound=15, at_least=False, of="ms", value=echo,
                subjects=((part, kubectl.EXEC, "ours"),)),
+    ]  # fmt: skip
+
+
+def _programs() -> list[Target]:
+    rows = (
+        ("spoke pod at rest", footprint.PART, footprint.POD, "together"),
+        ("server with 300 agents at rest", agents.PART, agents.name_of(300), "server_mib"),
+    )
+
+    def mib(part: str, row: str, figure: str) -> Callable[[Table], float | None]:
+        return lambda table: table.result(part, row, "ours").median(figure)
+
+    return [
+        Target(name=name, step="G", bound=150, at_least=False, of="MiB", value=mib(part, row, figure),
+               subjects=((part, row, "ours"),))
+        for name, part, row, figure in rows
     ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ context=build/image
 kubernetes=tests/kube/apiserver
 rm -rf "$context"
 mkdir -p "$context"
-cp -r requirements/runtime.txt requirements/image-tools.txt deploy/image/paths deploy/image/trim.py "$context"
+cp -r requirements/runtime.txt requirements/image-tools.txt deploy/image/left-out.txt deploy/image/paths deploy/image/trim.py "$context"
 .venv/bin/python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w "$context" .
 release=$(sed -n 's|^\tk8s.io/kubernetes ||p' "$kubernetes/go.mod")
 flags="-s -w -X k8s.io/component-base/version.gitVersion=$release"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from bench import far, growth, isolation, kubectl, userserver
+from bench import far, footprint, growth, isolation, kubectl, portforward, userserver
+from bench.agents import COUNTS, name_of
 from bench.agents import PART as AGENTS
 from bench.cases import LABELS, cases, read_name, write_name
 from bench.programs import NotMeasured
@@ -133,6 +134,8 @@ def test_each_target_is_about_something_that_is_measured() -> None:
     measured |= {(userserver.PART, name, "ours") for name in (*of_http, *held)}
     of_kubectl = [kubectl.pods_name(kubectl.PODS), kubectl.EXEC]
     measured |= {(kubectl.PART, name, "ours") for name in of_kubectl}
+    measured |= {(AGENTS, name_of(count), "ours") for count in COUNTS}
+    measured.add((footprint.PART, footprint.POD, "ours"))
     assert {subject for target in targets() for subject in target.subjects} <= measured
     assert all(target.subjects for target in targets())
 
@@ -140,10 +143,11 @@ def test_each_target_is_about_something_that_is_measured() -> None:
 def test_names_are_unique() -> None:
     named = [(target.step, target.name) for target in targets()]
     assert len(named) == len(set(named))
-    listed = [(case.part, case.name) for case in cases()]
+    listed = [(case.part, case.name) for case in (*cases(), *portforward.CASES)]
     assert len(listed) == len(set(listed))
     contenders = {key for case in cases() for key in case.contenders}
     contenders |= {way for ways in userserver.WAYS.values() for way in ways} | set(kubectl.WAYS)
+    contenders |= set(portforward.WAYS)
     assert contenders == set(LABELS)
     assert AGENTS not in {case.part for case in cases()}
 

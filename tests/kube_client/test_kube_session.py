@@ -16,6 +16,7 @@ from certificates import write_ca, write_pair
 from scripted_apiserver import answer, refusal, scripted_apiserver, until, write_kubeconfig
 
 from clusterproxy.errors import ConfigError, KubeUnavailable, Unauthorized
+from clusterproxy.kube import official
 from clusterproxy.kube import session as session_module
 from clusterproxy.kube.client import open_kube_api
 from clusterproxy.kube.resource import CONFIG_MAPS, NAMESPACES
@@ -236,9 +237,7 @@ async def test_no_credentials_for_a_moment(
         config = write_kubeconfig(kubeconfig, f"http://127.0.0.1:{server.port}")
         async with open_kube_api(config) as api:
             with monkeypatch.context() as patched:
-                patched.setattr(
-                    "kubernetes.client.configuration.Configuration.auth_settings", _empty_file
-                )
+                patched.setattr(official.Configuration, "auth_settings", _empty_file)
                 with pytest.raises(KubeUnavailable, match="no credentials: the file is empty"):
                     await api.get(CONFIG_MAPS, "a", "n")
             await api.get(CONFIG_MAPS, "a", "n")
@@ -270,14 +269,13 @@ async def test_a_token_that_is_no_header(kubeconfig: Path) -> None:
 
 
 async def test_a_service_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kubernetes.config import incluster_config
-
     authority = trustme.CA()
-    context = _server_context(authority, tmp_path, "127.0.0.1")
+    context = server_context(authority, tmp_path, "127.0.0.1")
     token = tmp_path / "token"
     token.write_text("first\n")
-    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(token))
-    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", write_ca(authority, tmp_path))
+    account = official.incluster_config
+    monkeypatch.setattr(account, "SERVICE_TOKEN_FILENAME", str(token))
+    monkeypatch.setattr(account, "SERVICE_CERT_FILENAME", write_ca(authority, tmp_path))
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
     async with scripted_apiserver(FOUND, context=context) as server:
         monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.port))
@@ -294,7 +292,7 @@ async def test_a_service_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # -- TLS ---------------------------------------------------------------------------------------------
 
 
-def _server_context(authority: trustme.CA, directory: Path, host: str) -> ssl.SSLContext:
+def server_context(authority: trustme.CA, directory: Path, host: str) -> ssl.SSLContext:
     certificate, key = write_pair(authority, directory, "server", host)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate, key)
@@ -303,7 +301,7 @@ def _server_context(authority: trustme.CA, directory: Path, host: str) -> ssl.SS
 
 async def test_certificates_of_client_and_server(kubeconfig: Path, tmp_path: Path) -> None:
     authority = trustme.CA()
-    context = _server_context(authority, tmp_path, "127.0.0.1")
+    context = server_context(authority, tmp_path, "127.0.0.1")
     authority.configure_trust(context)
     context.verify_mode = ssl.CERT_REQUIRED
     certificate, key = write_pair(authority, tmp_path, "client", "me")
@@ -366,7 +364,7 @@ def test_what_a_kubeconfig_has_in_itself_gets_no_file(
 
 async def test_a_certificate_must_fit(kubeconfig: Path, tmp_path: Path) -> None:
     authority = trustme.CA()
-    context = _server_context(authority, tmp_path, "apiserver.test")
+    context = server_context(authority, tmp_path, "apiserver.test")
     ca = write_ca(authority, tmp_path)
     async with scripted_apiserver(FOUND, context=context) as server:
         url = f"https://127.0.0.1:{server.port}"
@@ -391,7 +389,7 @@ async def test_a_client_certificate_that_is_renewed_in_place(
     kubeconfig: Path, tmp_path: Path
 ) -> None:
     authority, strangers = trustme.CA(), trustme.CA()
-    context = _server_context(authority, tmp_path, "127.0.0.1")
+    context = server_context(authority, tmp_path, "127.0.0.1")
     authority.configure_trust(context)
     context.verify_mode = ssl.CERT_REQUIRED
     certificate, key = write_pair(strangers, tmp_path, "client", "me")
@@ -428,7 +426,7 @@ async def test_a_proxy_of_the_environment(
     kubeconfig: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     authority = trustme.CA()
-    context = _server_context(authority, tmp_path, "apiserver.test")
+    context = server_context(authority, tmp_path, "apiserver.test")
     connected: list[bytes] = []
 
     async with scripted_apiserver(FOUND, context=context) as server, scripted_apiserver() as proxy:

@@ -1,6 +1,6 @@
-"""Who a client is and where its apiserver: the one module that imports the ``kubernetes`` package.
+"""Who a client is and where its apiserver.
 
-Of it the configuration is used (kubeconfig files with exec plugins and token files, a pod's service account, proxies of
+Of the ``kubernetes`` package the configuration is used (kubeconfig files with exec plugins and token files, a pod's service account, proxies of
 the environment) and the urllib3 pool that it makes, not its models: objects stay as their JSON.
 """
 
@@ -18,14 +18,12 @@ from urllib.request import getproxies
 
 import attrs
 import urllib3
-from kubernetes.client.configuration import Configuration
-from kubernetes.client.rest import RESTClientObject
-from kubernetes.config import incluster_config, kube_config
 from urllib3.exceptions import InsecureRequestWarning
 
 from clusterproxy.errors import ConfigError
 
 from .exchange import install
+from .official import Configuration, RESTClientObject, incluster_config, kube_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable
