@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from agents import (
@@ -22,6 +22,9 @@ from golden_objects import HOSTNAME, PORT_FORWARD, Object, golden_configuration
 from clusterproxy.addon.agent_manifests import agent_manifests
 from clusterproxy.addon.chart_values import DEFAULTS, UnrenderableError, merge
 from clusterproxy.addon.configuration import parse_configuration
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
 
 AGENT = "cluster-proxy-proxy-agent"
 USUAL = [
@@ -488,7 +491,7 @@ def test_a_pattern_that_python_may_read_otherwise_one_day() -> None:
 
 # What an apiserver adds to what it is given, and nothing else: what is left out of ours is the default.
 PROBE = {"failureThreshold": 3, "successThreshold": 1, "timeoutSeconds": 1}
-FILLED_IN = {
+FILLED_IN: Mapping[str, Collection[str]] = {
     "spec": {
         "sessionAffinity": "None",
         "progressDeadlineSeconds": 600,

@@ -292,7 +292,9 @@ class Passage:
 
     def _put(self, body: Decoder, view: Buffer) -> None:
         incoming = self._incoming
-        pieces = body.feed(view) if (len(view) or body.more) and not body.done else []
+        pieces: list[Buffer] = []
+        if (len(view) or body.more) and not body.done:
+            pieces = body.feed(view)
         if len(pieces) > _MOST_PIECES:
             pieces = [b"".join(pieces)]
         if pieces:
