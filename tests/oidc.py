@@ -67,19 +67,24 @@ def oidc_issuer(tmp_path_factory: pytest.TempPathFactory, kube_slot: int) -> Ite
 class OidcIssuer:
     """Issues ID tokens by the authorization code flow.
 
+    Args:
+      port: of 127.0.0.1, where it listens.
+      host: an address in its URL and certificate, of which the same port leads there.
+
     Attributes:
       issuer: its URL.
       ca: in PEM, of whom its certificate is.
       ca_file: the same.
     """
 
-    def __init__(self, directory: Path, port: int) -> None:
+    def __init__(self, directory: Path, port: int, *, host: str = "127.0.0.1") -> None:
         self._directory = directory
         self._port = port
+        self._host = host
         self._log = directory / "issuer.log"
         self._process: subprocess.Popen[bytes] | None = None
         authority = trustme.CA()
-        leaf = authority.issue_cert("127.0.0.1")
+        leaf = authority.issue_cert(host)
         self.ca = authority.cert_pem.bytes().decode()
         self.ca_file = directory / "ca.crt"
         self.ca_file.write_text(self.ca)
@@ -93,7 +98,7 @@ class OidcIssuer:
         Raises:
           AssertionError: it does not start, or npm cannot install it.
         """
-        script = _installed()
+        script = installed()
         with self._log.open("ab") as log:
             # It ends with its stdin, so also when this process is killed.
             self._process = subprocess.Popen(
@@ -103,6 +108,7 @@ class OidcIssuer:
                     str(self._port),
                     self._directory / "key.pem",
                     self._directory / "cert.pem",
+                    self._host,
                 ),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -237,8 +243,12 @@ def _followed(browser: httpx.Client, answer: httpx.Response) -> str:
     raise AssertionError(f"redirected for ever, to {answer.request.url}")
 
 
-def _installed() -> Path:
-    """Return the script, beside the packages that it needs."""
+def installed() -> Path:
+    """Return the script, beside the packages that it needs.
+
+    Raises:
+      AssertionError: npm cannot install them.
+    """
     key = hashlib.sha256()
     for name in ("package.json", "package-lock.json", "issuer.js"):
         key.update((_SOURCES / name).read_bytes())

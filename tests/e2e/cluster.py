@@ -201,9 +201,14 @@ class Workstation:
                 stderr=output,
             )
 
-    def output(self, *command: str, environment: Mapping[str, str] | None = None) -> str:
+    def output(
+        self,
+        *command: str,
+        environment: Mapping[str, str] | None = None,
+        within_s: float = 60.0,
+    ) -> str:
         """Return what a command writes; it must succeed."""
-        done = self.run(*command, environment=environment)
+        done = self.run(*command, environment=environment, within_s=within_s)
         assert done.returncode == 0, f"$ {' '.join(command)}\n{done.stdout}{done.stderr}"
         return done.stdout
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-import subprocess
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from e2e.network import prepare
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from e2e.world import World
 
@@ -32,12 +33,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if "CLUSTERPROXY_E2E" not in os.environ:
         pytest.skip("needs namespaces of its own: make e2e")
     folder = tmp_path_factory.mktemp("roots")
-    for command in (
-        ("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", str(folder)),
-        ("ip", "link", "set", "lo", "up"),
-    ):
-        subprocess.run(command, check=True)
-    Path("/proc/sys/net/ipv4/ip_forward").write_text("0")
+    prepare(folder)
     return folder
 
 

@@ -1,7 +1,8 @@
 """A program: steady dials of clusters' apiservers until SIGTERM; then it writes how many there were, and what failed.
 
 Usage: dials.py SERVER CA CERT KEY CLUSTER... Each is a tunnel of its own, as most clients have it, and a request over TLS.
-With ``--once`` each cluster is dialled once, by one tunnel, and what they answered is written.
+With ``--once`` each cluster is dialled once, by one tunnel, and what they answered is written. With ``--journal`` each dial is
+written when it is over, as a line of JSON.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import signal
 import ssl
 import sys
+import time
 
 import trio
 
@@ -31,12 +33,25 @@ async def ask(tunnel: clusterproxy.Tunnel, cluster: str) -> str:
 
 
 class Dials:
-    def __init__(self, server: str, tls: clusterproxy.ClientTLS, clusters: list[str]) -> None:
+    def __init__(
+        self, server: str, tls: clusterproxy.ClientTLS, clusters: list[str], *, journal: bool
+    ) -> None:
         self.server, self.tls, self.clusters = server, tls, clusters
+        self.journal = journal
         self.begun = 0
         self.failures: list[str] = []
 
-    async def one(self, cluster: str) -> None:
+    async def counted(self, cluster: str, number: int) -> None:
+        # Of all processes the same clock.
+        began = time.monotonic()
+        problem = await self.one(cluster)
+        if problem:
+            self.failures.append(problem)
+        if self.journal:
+            took_s = time.monotonic() - began
+            print(json.dumps([number, cluster, began, took_s, problem]), flush=True)  # noqa: T201
+
+    async def one(self, cluster: str) -> str:
         began = trio.current_time()
         try:
             with trio.fail_after(60):
@@ -44,11 +59,10 @@ class Dials:
                     self.server, tls=self.tls, reusable=False
                 ) as tunnel:
                     answer = await ask(tunnel, cluster)
-            if answer != "ok":
-                self.failures.append(f"{cluster}: {answer!r}")
         except (clusterproxy.ClusterProxyError, trio.BrokenResourceError, trio.TooSlowError, OSError) as error:  # fmt: skip
             took = trio.current_time() - began
-            self.failures.append(f"{cluster} after {took:.1f} s: {type(error).__name__}: {error}")
+            return f"{cluster} after {took:.1f} s: {type(error).__name__}: {error}"
+        return "" if answer == "ok" else f"{cluster}: {answer!r}"
 
     async def until_told(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM) as signals:
@@ -63,8 +77,8 @@ class Dials:
                     nursery.start_soon(wait)
                     while True:
                         cluster = self.clusters[self.begun % len(self.clusters)]
+                        nursery.start_soon(self.counted, cluster, self.begun)
                         self.begun += 1
-                        nursery.start_soon(self.one, cluster)
                         await trio.sleep(1 / PER_S)
         print(json.dumps({"begun": self.begun, "failures": self.failures}))  # noqa: T201
 
@@ -76,13 +90,13 @@ async def once(server: str, tls: clusterproxy.ClientTLS, clusters: list[str]) ->
 
 
 def main() -> None:
-    arguments = [word for word in sys.argv[1:] if word != "--once"]
+    arguments = [word for word in sys.argv[1:] if not word.startswith("--")]
     server, ca, cert, key, *clusters = arguments
     tls = clusterproxy.ClientTLS(ca_cert=ca, cert=cert, key=key)
     if "--once" in sys.argv:
         trio.run(once, server, tls, clusters)
     else:
-        trio.run(Dials(server, tls, clusters).until_told)
+        trio.run(Dials(server, tls, clusters, journal="--journal" in sys.argv).until_told)
 
 
 if __name__ == "__main__":

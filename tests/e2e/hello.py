@@ -34,27 +34,36 @@ server.serve_forever()
 def populate(cluster: Cluster) -> None:
     """Deploy the services, and wait until they are ready."""
     plane = cluster.plane
-    leaf = trustme.CA().issue_cert("hello-world-https.default.svc")
+    authority = trustme.CA()
+    leaf = authority.issue_cert("hello-world-https.default.svc")
     tls = {
         "tls.crt": leaf.cert_chain_pems[0].bytes(),
         "tls.key": leaf.private_key_pem.bytes(),
     }
     plane.apply(
-        _object("v1", "ConfigMap", "www", data={"index.html": f"Hello from {cluster.name}\n"}),
+        _object(
+            "v1",
+            "ConfigMap",
+            "www",
+            data={
+                "index.html": f"Hello from {cluster.name}\n",
+                "ca.crt": authority.cert_pem.bytes().decode(),
+            },
+        ),
         _object(
             "v1",
             "Secret",
             "hello-tls",
             data={name: base64.b64encode(value).decode() for name, value in tls.items()},
         ),
-        *_deployed(
+        *deployed(
             "hello-world", 8000, ["python3", "-m", "http.server", "--directory", "/www", "8000"]
         ),
-        *_deployed("hello-world-https", 8443, ["python3", "-c", _SECURE]),
-        _object("v1", "ServiceAccount", "viewer"),
+        *deployed("hello-world-https", 8443, ["python3", "-c", _SECURE]),
+        _object("v1", "ServiceAccount", "reader"),
         _object("v1", "ServiceAccount", "delegate"),
-        _object(f"{_RBAC}/v1", "Role", "viewer", rules=list(_RULES)),
-        _bound("Role", "viewer", "viewer"),
+        _object(f"{_RBAC}/v1", "Role", "reader", rules=list(_RULES)),
+        _bound("Role", "reader", "reader"),
         {
             "apiVersion": f"{_RBAC}/v1",
             "kind": "ClusterRole",
@@ -101,7 +110,8 @@ def _bound(kind: str, role: str, account: str) -> Object:
     }
 
 
-def _deployed(name: str, port: int, command: list[str]) -> tuple[Object, Object]:
+def deployed(name: str, port: int, command: list[str]) -> tuple[Object, Object]:
+    """Return a Deployment and its Service."""
     labels = {"app": name}
     container = {
         "name": "main",

@@ -35,6 +35,16 @@ _CHROOT: Final = shutil.which("chroot") or "/usr/sbin/chroot"
 _STRICT: Final = ("setpriv", "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all")
 
 
+def prepare(folder: Path) -> None:
+    """Make the namespaces of :mod:`e2e.__main__` ready for clusters: a file system of their own, and a network without ways."""
+    for command in (
+        ("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", str(folder)),
+        ("ip", "link", "set", "lo", "up"),
+    ):
+        subprocess.run(command, check=True)
+    Path("/proc/sys/net/ipv4/ip_forward").write_text("0")
+
+
 def ip(*lines: str, inside: int = 0) -> None:
     """Run lines of ``ip``, in the network namespace of a process if one is named."""
     where = ("nsenter", f"--target={inside}", "--net", "--") if inside else ()
@@ -60,6 +70,7 @@ class Programs:
         self.user: tuple[str, ...] = ()
         self.variables = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": "/tmp"}  # noqa: S108
         self.binds: list[tuple[Path, str]] = []
+        self._others: dict[str, Path] = {}
         if image is not None:
             self.layers = [image]
             # As the Containerfile has it.
@@ -71,17 +82,27 @@ class Programs:
         for path in _PATHS.iterdir():
             head, _, rest = path.read_text().partition("\n")
             assert head == "#!/opt/clusterproxy/bin/python -I", path
-            _write_program(folder / path.name, f"#!{sys.executable} -I\n{rest}")
-        _write_program(
-            folder / "kubectl", f'#!/bin/sh\nexec {shlex.join(kubectl_command())} "$@"\n'
-        )
+            write_program(folder / path.name, f"#!{sys.executable} -I\n{rest}")
+        write_program(folder / "kubectl", f'#!/bin/sh\nexec {shlex.join(kubectl_command())} "$@"\n')
         # What is mounted there is not seen in a layer.
         for place in (ROOT, Path(sys.prefix), Path(sys.base_prefix), Path(kubectl_command()[0])):
             if place.stat().st_dev != Path("/").stat().st_dev:
                 self.binds.append((place, str(place)))
 
+    def have(self, image: str, folder: Path) -> None:
+        """Have a folder's programs in containers of an image in the place of what is called the same.
 
-def _write_program(path: Path, text: str) -> None:
+        It is not on the file system of the root, either. Containers that run already keep what they have.
+        """
+        self._others[image] = folder
+
+    def layers_of(self, image: str) -> list[Path]:
+        """Return the folders of which a container's root is made, the uppermost first."""
+        other = self._others.get(image)
+        return self.layers if other is None else [other, *self.layers]
+
+
+def write_program(path: Path, text: str) -> None:
     path.write_text(text)
     path.chmod(0o755)
 
@@ -175,7 +196,8 @@ class PodSandbox:
         top = self.folder / container["name"]
         root = top / "root"
         root.mkdir(parents=True)
-        return self._chroot(top / "places", root, mounts, self._programs)
+        layers = self._programs.layers_of(container["image"])
+        return self._chroot(top / "places", root, mounts, layers)
 
     def inside(self) -> tuple[str, ...]:
         """Return what is put before a command of this machine that runs in the pod's network and knows its names."""
@@ -195,10 +217,10 @@ class PodSandbox:
         return ("nsenter", f"--target={self._pause.pid}", "--net", "--")
 
     def _chroot(
-        self, places: Path, root: Path, mounts: Mapping[str, Path], programs: Programs
+        self, places: Path, root: Path, mounts: Mapping[str, Path], layers: Sequence[Path]
     ) -> tuple[str, ...]:
         """Lay out what an image does not have, mounts' places and names, and show all of it read-only."""
-        binds = [*programs.binds, (self.names, _NAMES)]
+        binds = [*self._programs.binds, (self.names, _NAMES)]
         binds += [(folder, path) for path, folder in sorted(mounts.items())]
         for source, path in binds:
             place = places / path[1:]
@@ -209,11 +231,11 @@ class PodSandbox:
                 place.touch()
         (places / "etc").mkdir(exist_ok=True)
         (places / "etc" / "hosts").symlink_to(f"{_NAMES}/hosts")
-        layers = ":".join(str(layer) for layer in (places, *programs.layers))
-        script = [f"mount -t overlay overlay -o ro,lowerdir={layers} {root}"]
+        lower = ":".join(str(layer) for layer in (places, *layers))
+        script = [f"mount -t overlay overlay -o ro,lowerdir={lower} {root}"]
         script += [f"mount --rbind /{each} {root}/{each}" for each in ("proc", "dev")]
         script += [f"mount --bind {source} {root}{path}" for source, path in binds]
-        enter: Sequence[str] = (_CHROOT, str(root), *_STRICT, *programs.user, "--")
+        enter: Sequence[str] = (_CHROOT, str(root), *_STRICT, *self._programs.user, "--")
         script.append(f'exec {shlex.join(enter)} "$@"')
         return (
             *self._network(),

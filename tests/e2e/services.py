@@ -42,7 +42,7 @@ class Services(Background):
         self._segment = segment
         self._namespaces = namespaces
         self._outside: dict[str, str] = {}
-        self._relay_more: trio.MemorySendChannel[tuple[Place, Place]]
+        self._relay_more: trio.MemorySendChannel[tuple[Place, Place, trio.Event]]
         self._apiserver = ("127.0.0.1", plane.addresses.apiserver)
         self._mirrors: dict[str, Mirror] = {}
         # By namespace and pod; a pod may be there before this is.
@@ -54,19 +54,22 @@ class Services(Background):
         self._write(sandbox)
 
     def add(self, name: str, place: Place, target: Place) -> None:
-        """Have a name for an address that is no Service's, and relay connections to a port there."""
+        """Have a name for an address that is no Service's, and relay connections to a port there from now on."""
         self._outside[name] = place[0]
         assert self._token is not None
-        trio.from_thread.run_sync(
-            self._relay_more.send_nowait, (place, target), trio_token=self._token
-        )
+        trio.from_thread.run(self._add, place, target, trio_token=self._token)
         self._write_all()
+
+    async def _add(self, place: Place, target: Place) -> None:
+        listening = trio.Event()
+        await self._relay_more.send((place, target, listening))
+        await listening.wait()
 
     def forget(self, sandbox: PodSandbox) -> None:
         del self._sandboxes[sandbox]
 
     async def main(self, *, task_status: trio.TaskStatus[None]) -> None:
-        self._relay_more, more = trio.open_memory_channel[tuple[Place, Place]](16)
+        self._relay_more, more = trio.open_memory_channel[tuple[Place, Place, trio.Event]](0)
         async with Calls(self._plane) as calls, trio.open_nursery() as nursery:
             await self._listen(nursery, (self._segment.apiserver, 443), self._apiserver)
             for namespace in self._namespaces:
@@ -76,8 +79,9 @@ class Services(Background):
                 nursery.start_soon(self._follow, namespace, mirror)
             self._write_all()
             task_status.started()
-            async for place, target in more:
+            async for place, target, listening in more:
                 await self._listen(nursery, place, target)
+                listening.set()
 
     async def _listen(self, nursery: trio.Nursery, place: Place, target: Place) -> None:
         address, port = place

@@ -17,7 +17,7 @@ from go_tools import go_module_program
 
 from e2e.cluster import HUB_API, HUB_PROXY, Workstation, write_kubeconfig
 from e2e.hello import OTHER_SPACE, SPACE
-from e2e.world import AGENTS, CLUSTERS, NAMESPACE, PROXY, USER_SERVER
+from e2e.world import ADDON, AGENTS, CLUSTERS, NAMESPACE, PROXY, USER_SERVER
 
 if TYPE_CHECKING:
     from e2e.world import World
@@ -28,6 +28,7 @@ Object = dict[str, Any]
 
 OF_TUNNEL = "cluster-proxy-open-cluster-management.io-proxy-agent-signer-client-cert"
 DIALS = str(Path(__file__).with_name("dials.py"))
+PLACEMENT = "cluster.open-cluster-management.io/v1beta1"
 SERVICE = f"api/v1/namespaces/{SPACE}/services"
 WHOAMI = "apis/authentication.k8s.io/v1/selfsubjectreviews"
 
@@ -50,6 +51,15 @@ def test_the_documentations_checks(world: World) -> None:
 
 def test_all_is_deployed(world: World) -> None:
     """A1 to A4, and A6 but for a change of the configuration."""
+    found = world.hub.plane.get(ADDON, "ClusterManagementAddOn", "cluster-proxy")
+    assert found is not None
+    decided = world.hub.plane.list(PLACEMENT, "PlacementDecision", NAMESPACE)
+    chosen = [each["clusterName"] for one in decided for each in one["status"]["decisions"]]
+    assert sorted(chosen) == list(CLUSTERS)
+    for each in world.hub.plane.list("cluster.open-cluster-management.io/v1", "ManagedCluster"):
+        said = {c["type"]: c["status"] for c in each["status"]["conditions"]}
+        assert said["ManagedClusterConditionAvailable"] == "True", each
+    assert [world.available(each) for each in CLUSTERS] == ["True", "True"]
     assert world.hub_is_ready()
     assert world.hub.plane.get("v1", "Service", "proxy-entrypoint", NAMESPACE) is not None
     configuration = world.configuration()
@@ -61,6 +71,8 @@ def test_all_is_deployed(world: World) -> None:
         agent = world.agent(name)
         generation = str(configuration["metadata"]["generation"])
         assert generation in agent["metadata"]["annotations"].values()
+        for pod in world.managed[name].pods(AGENTS):
+            assert generation in pod["metadata"]["annotations"].values()
         # Nothing was restarted on the way.
         restarts = {
             status["restartCount"]
@@ -72,6 +84,7 @@ def test_all_is_deployed(world: World) -> None:
 
 def test_an_agents_certificate(world: World) -> None:
     """A7."""
+    [authority] = x509.load_pem_x509_certificates(world.secret("proxy-server-ca")["ca.crt"])
     for cluster in world.managed.values():
         secret = cluster.plane.get("v1", "Secret", OF_TUNNEL, AGENTS)
         assert secret is not None
@@ -80,6 +93,7 @@ def test_an_agents_certificate(world: World) -> None:
         assert abs(valid - timedelta(days=180)) < timedelta(days=1)
         [issuer] = (each.value for each in leaf.issuer)
         assert issuer == "open-cluster-management:cluster-proxy"
+        leaf.verify_directly_issued_by(authority)
 
 
 # -- the tunnel ------------------------------------------------------------------------------------
@@ -91,7 +105,7 @@ def test_the_documentations_go_client(world: World, cluster: str) -> None:
     kubeconfig = write_kubeconfig(
         world.files / f"go-{cluster}.kubeconfig",
         world.managed[cluster],
-        world.token(cluster, "viewer"),
+        world.token(cluster, "reader"),
         **{"tls-server-name": "kubernetes.default.svc"},
     )
     program = str(go_module_program("./cmd/docsnippet"))
@@ -134,17 +148,18 @@ def test_nobody_else_is_let_in(world: World, port: int) -> None:
 def test_kubectl(world: World, cluster: str) -> None:
     """A11, A13, A14, A16 and A18."""
     kubectl = f"kubectl --kubeconfig /dev/null --server https://{USER_SERVER}/{cluster} --certificate-authority {world.ca}"
-    mine = f"{kubectl} --token {world.token(cluster, 'viewer')} -n {SPACE}"
+    mine = f"{kubectl} --token {world.token(cluster, 'reader')} -n {SPACE}"
     run = world.operator.run
     [pod] = run(f"{mine} get pods -o name -l app=hello-world").split()
     assert "Serving HTTP on" in run(f"{mine} logs {pod}")
-    assert run(f"{mine} exec {pod} -- /bin/sh -c 'echo hello; cat /www/index.html'") == (
-        f"hello\nHello from {cluster}\n"
-    )
+    # By a WebSocket, and by SPDY.
+    for way in ("", "KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false "):
+        said = run(f"{way}{mine} exec {pod} -- /bin/sh -c 'echo hello; cat /www/index.html'")
+        assert said == f"hello\nHello from {cluster}\n"
     refused = world.operator.station.run(
         *("bash", "-c", f"{mine} get pods -n {OTHER_SPACE}"), environment=world.operator.environment
     )
-    assert re.search(r"Forbidden.*viewer", refused.stderr), refused
+    assert re.search(r"Forbidden.*reader", refused.stderr), refused
     nobody = world.operator.station.run(
         *("bash", "-c", f"{kubectl} --token nobody get pods"),
         environment=world.operator.environment,
@@ -164,7 +179,7 @@ def test_a_watch(world: World) -> None:
     }
     log = world.files / "watch.log"
     kubectl = f"kubectl --kubeconfig /dev/null --server https://{USER_SERVER}/{cluster} --certificate-authority {world.ca}"
-    watch = f"exec {kubectl} --token {world.token(cluster, 'viewer')} -n {SPACE} get configmaps --watch --output-watch-events"
+    watch = f"exec {kubectl} --token {world.token(cluster, 'reader')} -n {SPACE} get configmaps --watch --output-watch-events"
     process = world.operator.start(log, watch)
     try:
         world.eventually(lambda: "kube-root-ca.crt" in log.read_text(), "it lists")
@@ -178,9 +193,11 @@ def test_a_watch(world: World) -> None:
         process.wait()
 
 
-def curl(world: World, cluster: str, path: str, *options: str, account: str = "viewer") -> tuple[int, str]:  # fmt: skip
-    """Ask the user server, as curl does; return the status and the body."""
-    token = world.token(cluster if cluster in CLUSTERS else CLUSTERS[0], account)
+def curl(
+    world: World, cluster: str, path: str, *options: str, account: str = "reader", token: str = ""
+) -> tuple[int, str]:
+    """Ask the user server, as curl does, with an account's token or another; return the status and the body."""
+    token = token or world.token(cluster if cluster in CLUSTERS else CLUSTERS[0], account)
     done = world.operator.station.output(
         "curl", "-sS", "--max-time", "30", "--cacert", str(world.ca),
         "-H", f"Authorization: Bearer {token}", "-w", "\n%{http_code}", *options,

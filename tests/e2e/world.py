@@ -70,9 +70,10 @@ class Operator:
     station: Workstation
     environment: dict[str, str]
 
-    def run(self, command: str) -> str:
+    def run(self, command: str, *, within_s: float = 60.0) -> str:
         """Return what a line of the shell writes; it must succeed."""
-        return self.station.output("bash", "-ceu", command, environment=self.environment)
+        words = ("bash", "-ceu", command)
+        return self.station.output(*words, environment=self.environment, within_s=within_s)
 
     def start(self, log: Path, command: str) -> subprocess.Popen[bytes]:
         return self.station.start(log, "bash", "-ceu", command, environment=self.environment)
@@ -83,6 +84,7 @@ class World:
 
     Attributes:
       timings: how long what has taken, in seconds, for people.
+      programs: the roots of containers.
       before: what there was in each cluster before the installation.
     """
 
@@ -95,9 +97,9 @@ class World:
         self._tokens: dict[tuple[str, str], str] = {}
         self._opened = contextlib.ExitStack()
         image = os.environ.get("CLUSTERPROXY_E2E_IMAGE")
-        programs = Programs(roots / "programs", None if image is None else Path(image))
+        self.programs = Programs(roots / "programs", None if image is None else Path(image))
         self.hub, *managed = (
-            Cluster(name, number, directory / name, roots, programs)
+            Cluster(name, number, directory / name, roots, self.programs)
             for number, name in enumerate(("hub", *CLUSTERS), 1)
         )
         self.managed = {each.name: each for each in managed}
@@ -188,10 +190,7 @@ class World:
 
     def install(self, *values: str) -> None:
         """Install the add-on, and wait until it is available everywhere."""
-        with self.timed("nodes and services of the clusters"):
-            for each in self.managed.values():
-                each.serve("default", AGENTS)
-                populate(each)
+        self.serve_clusters()
         everything = (self.hub, *self.managed.values())
         self.before = {each.name: snapshot(each.plane) for each in everything}
         with self.timed("helm repo add, search"):
@@ -209,6 +208,13 @@ class World:
         with self.timed("AVAILABLE, since then"):
             self.connect_clusters()
             self.await_available()
+
+    def serve_clusters(self) -> None:
+        """Run nodes, names and what people have deployed in the managed clusters."""
+        with self.timed("nodes and services of the clusters"):
+            for each in self.managed.values():
+                each.serve("default", AGENTS)
+                populate(each)
 
     def connect_clusters(self) -> None:
         """Give the hub's entrypoint, which has an address now, to the clusters."""

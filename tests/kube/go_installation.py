@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
     PublicFormat,
+    load_pem_private_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from golden_objects import golden, original_rights
@@ -61,6 +62,14 @@ class GoAuthority:
             .sign(key, hashes.SHA256())
         )
         return GoAuthority(key, certificate)
+
+    @staticmethod
+    def load(data: Object) -> GoAuthority:
+        """Return the one in a secret's data."""
+        crt, pem = (base64.b64decode(data[name]) for name in ("ca.crt", "ca.key"))
+        key = load_pem_private_key(pem, None)
+        assert isinstance(key, rsa.RSAPrivateKey)
+        return GoAuthority(key, x509.load_pem_x509_certificate(crt))
 
     @property
     def crt(self) -> bytes:

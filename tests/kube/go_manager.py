@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from golden_objects import HOSTNAME, golden
 
 from clusterproxy.addon.registration import AGENT_SIGNER, agent_registrations
+from clusterproxy.tunnel.agent_identity import service_proxy_host
 from kube.control_plane import eventually
 from kube.go_installation import GoAuthority, objects
 from kube.installation import MPC
@@ -34,24 +35,38 @@ class GoManager:
     """What the original makes on the hub of one release, with a Hostname entrypoint and without the service proxy.
 
     Args:
-      cluster: the one that has the add-on.
+      cluster: one that has the add-on; of several each has a manager, and one of these makes the hub.
       host: of the entrypoint.
+      authority: of them all.
     """
 
-    def __init__(self, plane: ControlPlane, namespace: str, cluster: str, host: str) -> None:
+    def __init__(
+        self,
+        plane: ControlPlane,
+        namespace: str,
+        cluster: str,
+        host: str,
+        authority: GoAuthority | None = None,
+    ) -> None:
         self.plane = plane
         self.namespace = namespace
         self.cluster = cluster
         self.host = host
-        self.authority = GoAuthority.make()
+        self.authority = authority or GoAuthority.make()
         self.secrets: dict[str, dict[str, bytes]] = {}
         self._image = ""
 
     # -- the hub -----------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Read what it reads at its start only: the image of the agents' pods, but for the proxy agent's container."""
+        """Read what it reads at its start only: the image of the agents' pods, but for the proxy agent's container.
+
+        And the authority, if there is one.
+        """
         self._image = self._configuration()["spec"]["proxyAgent"]["image"]
+        signer = self.plane.get("v1", "Secret", "cluster-proxy-signer", self.namespace)
+        if signer is not None:
+            self.authority = GoAuthority.load(signer["data"])
 
     def make_hub(self) -> None:
         """Make the authority, the certificates, and the proxy servers with everything around them."""
@@ -147,6 +162,7 @@ class GoManager:
         """Make the agent's work, or put its own in the place of what is there."""
         theirs = golden(_SITUATION)["ManifestWork", "addon-cluster-proxy-deploy-0"]
         text = json.dumps(theirs["spec"])
+        text = text.replace(service_proxy_host("cluster1"), service_proxy_host(self.cluster))
         text = text.replace("cluster1", self.cluster)
         text = text.replace("--proxy-server-host=127.0.0.1", f"--proxy-server-host={self.host}")
         spec = json.loads(text)

@@ -98,15 +98,21 @@ class _Kubelet(ProcessKubelet):
 # -- document --------------------------------------------------------------------------------------
 
 
-def command(step: str) -> str:
-    """Return the commands of a step of the document, with our chart where it says which."""
+def commands(step: str) -> str:
+    """Return the commands of a step of the document."""
     text = DOCUMENT.read_text(encoding="utf-8")
     found = re.findall(
         rf"^<!-- {re.escape(step)} -->\n+```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE
     )
     assert len(found) == 1, f"{step}: {len(found)} blocks"
-    commands: str = found[0].replace("ocm/cluster-proxy", CHART)
-    return commands.replace(" --version 0.12.0", "")
+    block: str = found[0]
+    return block
+
+
+def command(step: str) -> str:
+    """Return the commands of a step, with our chart where it says which."""
+    text = commands(step).replace("ocm/cluster-proxy", CHART)
+    return text.replace(" --version 0.12.0", "")
 
 
 # -- traffic ---------------------------------------------------------------------------------------
@@ -259,12 +265,12 @@ class Migration:
     async def until_servers_are(self, image: str) -> None:
         """Wait until all proxy servers have an image, and no other is there any more."""
         where = (self.plane, NAMESPACE, SERVER, "proxy-server")
-        await self.until(lambda: _are(*where, image), f"servers: {image}")
+        await self.until(lambda: all_have(*where, image), f"servers: {image}")
 
     async def until_agents_are(self, image: str) -> None:
         """Likewise, of proxy agents."""
         where = (self.managed, AGENTS, AGENT, "proxy-agent")
-        await self.until(lambda: _are(*where, image), f"agents: {image}")
+        await self.until(lambda: all_have(*where, image), f"agents: {image}")
 
     def patch_server_image(self, image: str) -> None:
         """Change an image by hand, which Helm does not see."""
@@ -352,7 +358,7 @@ class Migration:
         assert self.load.failures[failed:] == []
 
 
-def _are(plane: ControlPlane, namespace: str, name: str, container: str, image: str) -> bool:
+def all_have(plane: ControlPlane, namespace: str, name: str, container: str, image: str) -> bool:
     """Whether a container of all pods of a Deployment has an image, and no other pod is there any more."""
     found = plane.get("apps/v1", "Deployment", name, namespace)
     if found is None:
@@ -369,8 +375,8 @@ def _are(plane: ControlPlane, namespace: str, name: str, container: str, image: 
     )
 
 
-def _original(release: Hub, folder: Path, host: str) -> None:
-    """Install the original's release: its manager, an entrypoint, and all clusters."""
+def original_release(folder: Path, host: str) -> str:
+    """Return the chart of the original's release: its manager, an entrypoint, and all clusters."""
     chart = Path(originals_chart(folder))
     for name in ("Deployment-cluster-proxy-addon-user", "Service-cluster-proxy-addon-user"):
         (chart / "templates" / f"{name}.yaml").unlink()
@@ -380,7 +386,7 @@ def _original(release: Hub, folder: Path, host: str) -> None:
     configuration["spec"]["proxyServer"]["entrypoint"] = entrypoint
     configuration["metadata"].pop("annotations", None)
     file.write_text(json.dumps(configuration))
-    release.install(str(chart))
+    return str(chart)
 
 
 @contextlib.asynccontextmanager
@@ -392,7 +398,7 @@ async def original_installed(
     plane = ocm_hub.plane
     host = plane.service_address()
     await in_thread(ocm_hub.accept, CLUSTER)
-    await in_thread(_original, release, folder / "original", host)
+    await in_thread(release.install, original_release(folder / "original", host))
     go = GoManager(plane, NAMESPACE, CLUSTER, host)
     await in_thread(go.start)
     await in_thread(go.make_hub)

@@ -45,6 +45,11 @@ class Node:
     def _object(self) -> Object:
         return {"apiVersion": "v1", "kind": "Node", "metadata": {"name": self._kubelet.node}}
 
+    @property
+    def pid(self) -> int:
+        """The process of kubeletd."""
+        return self._process.pid
+
     def __enter__(self) -> Self:
         plane, pods = self._kubelet.plane, self._kubelet.directory
         program = kubeletd_program()

@@ -1,6 +1,7 @@
 // An OpenID Connect issuer for tests: oidc-provider, whose accounts log in and consent by themselves.
 //
-// Usage: node issuer.js PORT KEY CERTIFICATE. Each line on stdin is a command in JSON, and is answered by a line on stdout:
+// Usage: node issuer.js PORT KEY CERTIFICATE [HOST], the last one for its URL. It listens on 127.0.0.1.
+// Each line on stdin is a command in JSON, and is answered by a line on stdout:
 //   {"account": NAME, "claims": {...}, "lifetime": SECONDS}  who logs in as NAME gets these claims for so long
 //   {"client": ID, "algorithm": "RS256"}                     who asks for tokens, and how those are signed
 //   {"rotate": true, "keep": true}                           sign with new keys; the old ones stay published, or not
@@ -13,8 +14,8 @@ import readline from 'node:readline';
 
 import Provider from 'oidc-provider';
 
-const [port, keyFile, certificateFile] = process.argv.slice(2);
-const issuer = `https://127.0.0.1:${port}`;
+const [port, keyFile, certificateFile, host = '127.0.0.1'] = process.argv.slice(2);
+const issuer = `https://${host}:${port}`;
 const algorithms = ['RS256', 'PS256', 'ES256', 'ES384', 'EdDSA'];
 const accounts = new Map();
 const clients = new Map();
