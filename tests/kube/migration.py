@@ -147,12 +147,14 @@ class Load(Traffic):
 
     Attributes:
       copies: how many have arrived whole.
-      cut: why others have ended.
+      tried: how many were begun, or tried to.
+      cut: which others have ended, and why.
       refused: why others have not begun.
     """
 
     copies: int = 0
-    cut: list[str] = attrs.field(factory=list)
+    tried: int = 0
+    cut: list[tuple[int, str]] = attrs.field(factory=list)
     refused: list[str] = attrs.field(factory=list)
     slowest_s: float = 0.0
 
@@ -182,6 +184,7 @@ class Load(Traffic):
     async def _copies(self, port: int) -> None:
         while True:
             got, problem = 0, ""
+            self.tried += 1
             try:
                 async with self._copy(f"{CLUSTER}:{port}") as pieces:
                     whole = hashlib.sha256()
@@ -193,8 +196,11 @@ class Load(Traffic):
             except (clusterproxy.ClusterProxyError, trio.BrokenResourceError) as error:
                 problem = str(error)
             self.copies += not problem
+            if problem and got:
+                self.cut.append((self.tried, f"{problem} after {got // _MIB} MiB"))
+            elif problem:
+                self.refused.append(problem)
             if problem:
-                (self.cut if got else self.refused).append(f"{problem} after {got // _MIB} MiB")
                 await trio.sleep(0.5)
 
     @contextlib.asynccontextmanager

@@ -95,6 +95,7 @@ async def in_order(migration: Migration, what: str) -> None:
 async def go_back(migration: Migration) -> None:
     """Back to the original by Helm, whose manager then does what it does when it comes back."""
     in_thread = trio.to_thread.run_sync
+    open_now = migration.load.tried
     await steps(migration)("go back")
     await migration.until(lambda: not migration.ours_manages(), "our manager is gone")
     await in_thread(migration.go.start)
@@ -104,7 +105,8 @@ async def go_back(migration: Migration) -> None:
     await migration.until_agents_are(ORIGINAL_IMAGE)
     # There was no server for some seconds: the original's Deployment ends the old ones first.
     await in_order(migration, "back")
-    assert migration.load.cut == []
+    # A later one may have gone through an agent of the original's that came to a server of ours in its last seconds.
+    assert [why for number, why in migration.load.cut if number <= open_now] == []
 
 
 async def test_server_first_without_a_failed_dial(migration: Migration) -> None:
@@ -124,7 +126,8 @@ async def test_server_first_without_a_failed_dial(migration: Migration) -> None:
     await migration.until_servers_are(OUR_IMAGE)
     await in_order(migration, "cleaned up")
     assert migration.load.failures == []
-    assert migration.load.cut == migration.load.refused == []
+    assert migration.load.cut == []
+    assert migration.load.refused == []
     assert migration.load.copies * COPY_MIB >= 1024
     await go_back(migration)
 
@@ -158,7 +161,8 @@ async def test_agents_first(migration: Migration) -> None:
     await migration.until_agents_are(OUR_IMAGE)
     await in_order(migration, "then server")
     assert migration.load.failures == []
-    assert migration.load.cut == migration.load.refused == []
+    assert migration.load.cut == []
+    assert migration.load.refused == []
     await go_back(migration)
 
 
