@@ -203,11 +203,14 @@ async def test_goaway() -> None:
     """goaway: the running stream goes on, the next dial has a new connection."""
     async with scripted() as world:
         stream, peer = await world.connect()
+        told = [stream.leaving]
         server_connection(world).announce_end()
         await settle()
+        told.append(stream.leaving)
         peer.send(Data(connect_id=1, data=b"still"))
         assert await stream.receive_some() == b"still"
         second, _ = await world.connect()
+        assert [*told, second.leaving] == [False, True, False]
         assert len(world.connector.transports) == 2
         async with trio.open_nursery() as nursery:
             nursery.start_soon(stream.aclose)

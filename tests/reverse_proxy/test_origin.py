@@ -156,6 +156,55 @@ async def test_connections_are_not_mixed_up(autojump_clock: object) -> None:
         assert attrs.evolve(base, label="").name == "origin.example:80"
 
 
+class Tunnelled(trio.abc.Stream):
+    """A stream of a tunnel whose proxy server may be about to end."""
+
+    def __init__(self, inner: trio.abc.Stream) -> None:
+        self.inner = inner
+        self.leaving = False
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self.inner.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self.inner.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        return await self.inner.receive_some(max_bytes)
+
+    async def aclose(self) -> None:
+        await self.inner.aclose()
+
+
+async def test_a_proxy_server_that_ends_is_not_kept_waiting(autojump_clock: object) -> None:
+    """Neither by what waits now nor by what would wait after it has served."""
+    streams: list[Tunnelled] = []
+    ends: list[trio.abc.Stream] = []
+
+    async def connect() -> trio.abc.Stream:
+        ours, theirs = trio.testing.memory_stream_pair()
+        streams.append(Tunnelled(ours))
+        ends.append(theirs)
+        return streams[-1]
+
+    pool = Pool()
+    origin = Origin(scheme="http", host="a", port=1, pool=pool, connect=connect)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pool.run)
+        pool.put(await pool.take(origin))
+        await trio.sleep(5)
+        assert pool.waiting == 1
+        streams[0].leaving = True
+        assert await ends[0].receive_some() == b""
+        assert pool.waiting == 0
+        # Nor is such a one used, whoever looks first.
+        pool.put(await pool.take(origin))
+        streams[1].leaving = True
+        await pool.take(origin)
+        assert len(streams) == 3
+        nursery.cancel_scope.cancel()
+
+
 async def test_all_are_closed_with_the_pool(autojump_clock: object) -> None:
     async with staged() as stage:
         origin = await served(stage)

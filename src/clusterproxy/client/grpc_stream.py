@@ -212,6 +212,10 @@ class GrpcStream(TunnelStream):
     def readable(self) -> bool:
         return bool(self._inbox.queued) or self._eof_received or self.ended
 
+    @property
+    def leaving(self) -> bool:
+        return self._call.connection.draining
+
     def _check_open(self) -> None:
         if self._closed:
             raise trio.ClosedResourceError("this stream was closed")

@@ -48,6 +48,14 @@ class TunnelStream(trio.abc.Stream):
         """Whether there is something to receive now, be it the end."""
         return self.ended
 
+    @property
+    def leaving(self) -> bool:
+        """Whether the proxy server has announced its end: what is under way goes on, for as long as it waits.
+
+        A connection that is kept for later had better be closed: the server waits for it.
+        """
+        return False
+
     @abstractmethod
     def abort(self, reason: str = "") -> None:
         """Close at once, without waiting, so that the service sees a reset if that can be said.

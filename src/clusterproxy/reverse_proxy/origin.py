@@ -100,6 +100,11 @@ class Connection:
         self.reused = False
         self.idle_since = 0.0
 
+    @property
+    def fresh(self) -> bool:
+        """Whether it may serve again: what an origin says unasked is its farewell."""
+        return not self.wire.readable and not self.wire.leaving
+
     async def receive_head(self, early: bytes = b"") -> tuple[ResponseHead, Buffer]:
         """Return the head of a response and what came behind it, lent until the next checkpoint.
 
@@ -199,7 +204,7 @@ class Pool:
         return len(self._order)
 
     async def run(self) -> Never:
-        """Close connections that have waited too long, or that the origin has ended.
+        """Close connections that have waited too long, that the origin has ended, or that a proxy server waits for.
 
         Cancellation: closes all that wait.
         """
@@ -217,7 +222,7 @@ class Pool:
     def _look(self, now: float) -> None:
         oldest = now - self._idle_timeout_s if self._idle_timeout_s else float("-inf")
         for connection in list(self._order):
-            if connection.idle_since <= oldest or connection.wire.readable:
+            if connection.idle_since <= oldest or not connection.fresh:
                 self._remove(connection)
                 self.close(connection)
 
@@ -258,8 +263,7 @@ class Pool:
         while waiting := self._idle.get(key):
             connection = waiting[-1]
             self._remove(connection)
-            # What an origin says unasked is its farewell.
-            if connection.context is context and not connection.wire.readable:
+            if connection.context is context and connection.fresh:
                 return connection
             self.close(connection)
         return await self._open(origin, context)

@@ -53,6 +53,11 @@ class Wire(Protocol):
         ...
 
     @property
+    def leaving(self) -> bool:
+        """Whether what carries it is about to end, and waits for it."""
+        ...
+
+    @property
     def half_closeable(self) -> bool:
         """Whether one direction can end while the other goes on."""
         ...
@@ -84,6 +89,7 @@ class SocketWire:
     __slots__ = ("_ended", "_transport")
 
     half_closeable = True
+    leaving = False
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
@@ -135,6 +141,10 @@ class StreamWire:
     def readable(self) -> bool:
         # Those of tunnels know; of others only the attempt tells.
         return bool(getattr(self._stream, "readable", False))
+
+    @property
+    def leaving(self) -> bool:
+        return bool(getattr(self._stream, "leaving", False))
 
     @property
     def half_closeable(self) -> bool:
@@ -243,6 +253,10 @@ class TlsWire:
     def readable(self) -> bool:
         ended = self._close_notified or bool(self._error)
         return ended or bool(self._in.pending or self._tls.pending()) or self._wire.readable
+
+    @property
+    def leaving(self) -> bool:
+        return self._wire.leaving
 
     @property
     def half_closeable(self) -> bool:
