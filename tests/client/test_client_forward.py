@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -122,6 +123,26 @@ async def test_reset_of_the_program() -> None:
         reset = await peer.next()
         assert isinstance(reset, Reset)
         assert "reset" in reset.reason
+
+
+async def test_a_program_that_has_all_and_has_gone() -> None:
+    """What a service says at its end, such as TLS' own farewell, may come when nobody is there any more."""
+    broken: list[str] = []
+    async with scripted() as world, trio.open_nursery() as nursery:
+        remote, peer = await world.connect()
+        program, local = local_pair()
+        told = partial(forward_stream, on_broken=lambda _, reason: broken.append(reason))
+        nursery.start_soon(told, local, remote)
+        peer.send(Data(connect_id=1, data=b"all"))
+        assert await program.receive_some() == b"all"
+        await program.aclose()
+        await peer.expect(HalfClose(1))
+        peer.send(Data(connect_id=1, data=b"farewell"))
+        await settle()
+        peer.send(CloseResponse("", 1))
+        await settle()
+        assert local.socket.fileno() == -1
+    assert broken == []
 
 
 async def test_reset_of_the_service() -> None:

@@ -99,7 +99,9 @@ class _Copy:
                 await local.send_all(data)
                 self.received += len(data)
             self._inward_ended.set()
-            await local.send_eof()
+            # Who has all of it may have gone already.
+            with suppress(trio.BrokenResourceError):
+                await local.send_eof()
         except trio.BrokenResourceError as error:
             self._break(error, both)
             return
