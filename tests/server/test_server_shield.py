@@ -39,6 +39,12 @@ def hold_pings(server: ServerWorld) -> list[Callable[[], None]]:
     return held
 
 
+def answer(pings: list[Callable[[], None]]) -> None:
+    """Answer these, and those that are sent then."""
+    while pings:
+        pings.pop(0)()
+
+
 async def test_others_are_not_held(autojump_clock: MockClock) -> None:
     async with serving() as server:
         agent, client = await dialled(server, user_agent=OURS)
@@ -71,10 +77,25 @@ async def test_no_answer(autojump_clock: MockClock) -> None:
         await client.expect(dial_ok(1, 1))
         await trio.sleep(5)
         await client.expect_nothing_more()
-        pings[0]()
+        answer(pings)
         await client.expect_nothing_more()
         await client.expect(*GREETING)
         assert trio.current_time() == pytest.approx(5.005)
+
+
+async def test_a_client_that_is_not_let_run(autojump_clock: MockClock) -> None:
+    """It has read the DIAL_RSP, and nothing since: the machine is busy with others."""
+    async with serving() as server:
+        agent, client = await dialled(server)
+        pings = hold_pings(server)
+        agent.send(dial_ok(1, 1), *GREETING)
+        await client.expect(dial_ok(1, 1))
+        pings.pop(0)()
+        await trio.sleep(1)
+        await client.expect_nothing_more()
+        answer(pings)
+        await client.expect(*GREETING)
+        assert trio.current_time() == 1
 
 
 async def test_data_after_the_answer(autojump_clock: MockClock) -> None:
@@ -83,10 +104,11 @@ async def test_data_after_the_answer(autojump_clock: MockClock) -> None:
         pings = hold_pings(server)
         agent.send(dial_ok(1, 1))
         await client.expect(dial_ok(1, 1))
-        pings[0]()
+        answer(pings)
         await trio.sleep(0.003)
         agent.send(GREETING[0])
         await client.expect_nothing_more()
+        answer(pings)
         agent.send(GREETING[1])
         await client.expect(*GREETING[:2])
         assert trio.current_time() == pytest.approx(0.005)
@@ -126,7 +148,7 @@ async def test_a_target_that_says_one_thing_and_closes(autojump_clock: MockClock
         await client.expect(dial_ok(1, 1))
         await client.expect_nothing_more()
         assert server.established == 0
-        pings[0]()
+        answer(pings)
         await client.expect(*GREETING, CloseResponse("", 1))
         assert trio.current_time() == pytest.approx(0.005)
         assert not server.state.budget.used
@@ -139,7 +161,7 @@ async def test_a_target_that_only_closes(autojump_clock: MockClock) -> None:
         agent.send(dial_ok(1, 1), CloseResponse("", 1))
         await client.expect(dial_ok(1, 1))
         await client.expect_nothing_more()
-        pings[0]()
+        answer(pings)
         await client.expect(CloseResponse("", 1))
         assert trio.current_time() == pytest.approx(0.005)
 

@@ -3,7 +3,8 @@
 The Go client registers a connection only after it has handed out the DIAL_RSP, so DATA right behind
 it finds no connection and is dropped (konnectivity-client/pkg/client: client.go, DialContext and
 serve). A client that has acknowledged a PING sent behind the DIAL_RSP has read it; some milliseconds
-later it has registered. One that sends something on the connection has done so already.
+later it has registered, if it was let run: on a busy machine that is known when it has acknowledged
+another one. One that sends something on the connection has registered already.
 """
 
 from __future__ import annotations
@@ -67,9 +68,12 @@ class Shield:
     def _start_release(self) -> None:
         if not self._releasing:
             self._releasing = True
-            self._call.start_soon(self._release_later)
+            runs = trio.Event()
+            self._call.connection.ping(runs.set)
+            self._call.start_soon(self._release_later, runs)
 
-    async def _release_later(self) -> None:
+    async def _release_later(self, runs: trio.Event) -> None:
+        await runs.wait()
         # The moment may move away meanwhile.
         while self._release_at is not None and trio.current_time() < self._release_at:  # noqa: ASYNC110
             await trio.sleep_until(self._release_at)
