@@ -55,7 +55,7 @@ coverage: $(READY)
 	$(BIN)/coverage report --fail-under=90
 	$(BIN)/coverage report --fail-under=100 --include='$(SANS_IO)'
 
-# They wait as much as they work. All that is in the second half takes its ports from a range, or by a slot.
+# They wait as much as they work. The second half has ports by a slot, from a range of its own, or at an address of its own.
 test-programs: $(READY) go-is-here
 	$(BIN)/coverage run -m pytest -m '(programs or kube) and not image and not e2e and not migration' $(MANAGERS:%=--ignore=%) $(PYTEST_ARGS)
 
@@ -78,7 +78,7 @@ check: $(READY) ## ruff, mypy --strict, pyright
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(READY) go-is-here ## measure beside the Go programs and others: verdicts and plots (36 minutes; BENCH_ARGS=--quick: 7)
+bench: $(READY) go-is-here ## measure beside the Go programs and others: verdicts and plots (more than half an hour; BENCH_ARGS=--quick: everything once)
 	@PYTHONPATH=conformance $(BIN)/python -m bench --json build/bench.json $(BENCH_ARGS)
 
 docs: $(READY) ## write docs/api.md and the pinned public surface anew

@@ -22,6 +22,8 @@ _SHORT: Final = 32
 # Chunks that are taken at once: some milliseconds' work, while others wait. A chunk may be one byte.
 _MOST_PIECES: Final = 1000
 
+_NOTHING: Final = memoryview(b"")
+
 
 class Truncated(Exception):
     """The peer ended in the middle of a message."""
@@ -38,9 +40,11 @@ class Decoder(Protocol):
     """
 
     done: bool
-    more: bool
     rest: Buffer
     trailers: Headers
+
+    @property
+    def more(self) -> bool: ...
 
     def feed(self, view: Buffer) -> list[Buffer]:
         """Return the parts of *view* that are content.
@@ -61,11 +65,12 @@ class Decoder(Protocol):
 class LengthBody:
     """A body with a length, which may be 0."""
 
-    __slots__ = ("_left", "done", "more", "rest", "trailers")
+    __slots__ = ("_left", "done", "rest", "trailers")
+
+    more = False
 
     def __init__(self, length: int) -> None:
         self._left = length
-        self.more = False
         self.done = not length
         self.rest: Buffer = b""
         self.trailers: Headers = []
@@ -92,10 +97,12 @@ class LengthBody:
 class UntilClose:
     """A body of a response that ends with its connection."""
 
-    __slots__ = ("done", "more", "rest", "trailers")
+    __slots__ = ("done", "rest", "trailers")
+
+    more = False
 
     def __init__(self) -> None:
-        self.done = self.more = False
+        self.done = False
         self.rest: Buffer = b""
         self.trailers: Headers = []
 
@@ -116,14 +123,13 @@ class ChunkedBody:
         "_partial",
         "_state",
         "done",
-        "more",
         "rest",
         "trailers",
     )
 
     def __init__(self) -> None:
-        self.done = self.more = False
-        self._ahead = memoryview(b"")
+        self.done = False
+        self._ahead = _NOTHING
         self.rest: Buffer = b""
         self.trailers: Headers = []
         self._partial = b""
@@ -132,11 +138,14 @@ class ChunkedBody:
         self._state = _SIZE
         self._excess = 0
 
+    @property
+    def more(self) -> bool:
+        return len(self._ahead) > 0
+
     def feed(self, view: Buffer) -> list[Buffer]:
         if ours := self.more:
             assert not view  # noqa: S101
-            view = self._ahead
-            self.more = False
+            view, self._ahead = self._ahead, _NOTHING
         elif self._partial:
             view = self._partial + view
             self._partial = b""
@@ -145,7 +154,6 @@ class ChunkedBody:
         at, size = 0, len(view)
         while at < size and not self.done:
             if len(pieces) == _MOST_PIECES:
-                self.more = True
                 self._ahead = view[at:] if ours else memoryview(bytes(view[at:]))
                 break
             if self._state == _CONTENT:
