@@ -160,8 +160,9 @@ def test_exec_goes_back_and_forth(place: Place) -> None:
 
 def test_exec_on_a_terminal(place: Place) -> None:
     kubectl = place.kubectl
-    # kubectl has a terminal only if it gets one.
-    line = kubectl._command(("exec", "-it", "talker", "--", "sh", "-c", "stty size; tty; exit 3"))
+    # kubectl has a terminal only if it gets one. It tells the size of it once the process runs, perhaps after its first line.
+    told = 'until test "$(stty size)" != "0 0"; do sleep 0.02; done; stty size; tty; exit 3'
+    line = kubectl._command(("exec", "-it", "talker", "--", "sh", "-c", told))
     script = subprocess.run(
         (
             "script",
