@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from clusterproxy.http2.stream import Header, Stream
-    from clusterproxy.transport.stream import Buffer, Transport
+    from clusterproxy.transport.records import Buffer
+    from clusterproxy.transport.stream import Transport
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 

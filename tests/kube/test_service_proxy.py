@@ -637,10 +637,13 @@ async def test_users_of_an_issuer(clusters: Clusters) -> None:
         running(clusters, **options) as proxy,
     ):
         token = issuer.token(email="admin@example.com", groups=["team"])
-        text = await proxy.refused(token)
-        assert text == (
-            f"oidc authentication failed: OIDC CA ConfigMap {clusters.namespace}/oidc-ca is not available\n"
-        )
+        missing = f"OIDC CA ConfigMap {clusters.namespace}/oidc-ca is not available"
+
+        async def told() -> bool:
+            # At first nobody has looked for it yet.
+            return await proxy.refused(token) == f"oidc authentication failed: {missing}\n"
+
+        await eventually(told, "the reason is that the authority is missing")
         ca = issuer.authority.cert_pem.bytes().decode()
         clusters.managed.apply(config_map(clusters, "oidc-ca", {"ca.crt": ca}))
 

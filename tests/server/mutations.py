@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Sequence
 
-    from clusterproxy.transport.stream import Buffer
+    from clusterproxy.transport.records import Buffer
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _frame = Struct(">HBBBI")

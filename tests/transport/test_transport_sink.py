@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Sequence
 
-    from clusterproxy.transport.stream import Buffer
+    from clusterproxy.transport.records import Buffer
 
 PATTERN = b"".join(number.to_bytes(4, "big") for number in range(1 << 17))
 

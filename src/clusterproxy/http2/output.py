@@ -14,7 +14,8 @@ from clusterproxy.transport.outbox import current_outbox
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from clusterproxy.transport.stream import Buffer, Transport
+    from clusterproxy.transport.records import Buffer
+    from clusterproxy.transport.stream import Transport
 
     from .adapter import Adapter
     from .stream import Stream

@@ -27,7 +27,7 @@ from .wire import SocketWire, StreamWire, TlsWire, Wire
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Hashable
 
-    from clusterproxy.transport.stream import Buffer
+    from clusterproxy.transport.records import Buffer
 
 _log = logging.getLogger("clusterproxy.proxy")
 

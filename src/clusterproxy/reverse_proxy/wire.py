@@ -6,26 +6,22 @@ import select
 import ssl
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, Protocol, cast
+from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
+
+from clusterproxy.transport.records import RECORD, Buffer, decrypt, encrypt
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from clusterproxy.transport.stream import Buffer, Transport
-
-# A MemoryBIO never shrinks, so it is written in slices and drained between them.
-_SLICE: Final = 64 * 1024
+    from clusterproxy.transport.stream import Transport
 
 # What a handshake reads at once: every connection keeps a BIO of that size.
 _HANDSHAKE_READ: Final = 16 * 1024
 
 # What is decrypted at once; what came beyond it waits in the BIO.
 _PLAIN: Final = 512 * 1024
-
-# What one record can add to the plaintext beyond the ciphertext of its own batch.
-_RECORD: Final = 16 * 1024 + 512
 
 # Records that wait while somebody sends: his own, which are a few dozens, and answers to the other end.
 _MOST_UNSENT: Final = 1000
@@ -38,7 +34,7 @@ class _Plain(threading.local):
     """The one buffer of this thread's event loop into which all of its wires decrypt (see transport.stream)."""
 
     def __init__(self) -> None:
-        self.view = memoryview(bytearray(_PLAIN + _RECORD))
+        self.view = memoryview(bytearray(_PLAIN + RECORD))
 
 
 _plain: Final = _Plain()
@@ -203,7 +199,7 @@ class TlsWire:
         self._tls = context.wrap_bio(self._in, self._out, server_hostname=server_hostname)
         self._close_notified = False
         self._error = ""
-        self._unsent: list[bytes] = []
+        self._unsent: list[Buffer] = []
         # Records go in the order in which they were made.
         self._sending = trio.Lock()
 
@@ -290,36 +286,15 @@ class TlsWire:
 
     def _decrypt(self, data: Buffer) -> memoryview:
         """Decrypt what has come, and what came before it; the result is lent until the next checkpoint."""
-        tls, bio, plain = self._tls, self._in, _plain.view
-        view, at, filled = memoryview(data), 0, 0
-        while True:
-            if at < len(view):
-                # All of it if there is no room: the rest is decrypted when it is asked for.
-                stop = at + _SLICE if filled < _PLAIN else len(view)
-                bio.write(view[at:stop])
-                at = stop
-            try:
-                while filled < _PLAIN and (bio.pending or tls.pending()):
-                    count = cast("int", tls.read(_RECORD, plain[filled:]))
-                    if not count:
-                        self._close_notified = True
-                        break
-                    filled += count
-            except ssl.SSLWantReadError:
-                pass
-            except ssl.SSLZeroReturnError:
-                self._close_notified = True
-            except ssl.SSLError as error:
-                self._error = f"TLS: {error.reason or error}"
-            if self._close_notified or self._error or at >= len(view):
-                return plain[:filled]
+        plain = _plain.view
+        filled, end = decrypt(self._tls, self._in, memoryview(data), plain, _PLAIN)
+        if end is not None:
+            self._error, self._close_notified = end, not end
+        return plain[:filled]
 
     async def send(self, parts: Sequence[Buffer]) -> None:
-        data = memoryview(parts[0] if len(parts) == 1 else b"".join(parts))
         try:
-            for at in range(0, len(data), _SLICE):
-                self._tls.write(data[at : at + _SLICE])
-                self._unsent.append(self._out.read())
+            self._unsent += encrypt(self._tls, self._out, parts)
         except ssl.SSLError as error:
             raise trio.BrokenResourceError(f"TLS: {error.reason or error}") from error
         await self._flush()

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from clusterproxy.http2.flow import Flow
     from clusterproxy.http2.limits import Http2Limits
     from clusterproxy.http2.stream import Header, Stream
-    from clusterproxy.transport.stream import Buffer, Transport
+    from clusterproxy.transport.records import Buffer
+    from clusterproxy.transport.stream import Transport
 
 _log = logging.getLogger("clusterproxy.rpc")
 

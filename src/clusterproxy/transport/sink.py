@@ -13,7 +13,8 @@ from .outbox import current_outbox
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from .stream import Buffer, Transport
+    from .records import Buffer
+    from .stream import Transport
 
 _log = logging.getLogger("clusterproxy.transport")
 

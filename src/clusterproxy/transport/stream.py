@@ -16,30 +16,23 @@ import sys
 import termios
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
 from .pace import READ_SIZE, current_pace
+from .records import RECORD, Buffer, decrypt, encrypt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-Buffer = bytes | bytearray | memoryview
 _T = TypeVar("_T")
-
-# A MemoryBIO never shrinks, so it is written in slices and drained between them.
-_SLICE: Final = 64 * 1024
 
 # Enough for any flight of a handshake; the BIO keeps the size of the largest write.
 _HANDSHAKE_READ: Final = 16 * 1024
 
 # A read of less has emptied the socket, and more has hardly come since.
 _SMALL_READ: Final = 16 * 1024
-
-# What one record can add to the plaintext beyond the ciphertext of its own batch: OpenSSL keeps the
-# beginning of at most one.
-_RECORD: Final = 16 * 1024 + 512
 
 # What TLS itself may have to say to a peer that does not read.
 _ANSWERS: Final = 16 * 1024
@@ -63,8 +56,7 @@ class _Buffers(threading.local):
 
     def __init__(self) -> None:
         self.cipher = memoryview(bytearray(READ_SIZE))
-        self.slice = memoryview(bytearray(_SLICE))
-        self.plain = memoryview(bytearray(READ_SIZE + _RECORD))
+        self.plain = memoryview(bytearray(READ_SIZE + RECORD))
 
 
 _buffers: Final = _Buffers()
@@ -115,7 +107,6 @@ class Transport:
         "_out",
         "_pace",
         "_plain",
-        "_slice",
         "_unsent",
         "close_notified",
         "secure",
@@ -143,7 +134,6 @@ class Transport:
         self._more = False
         self._cipher = _buffers.cipher
         self._plain = _buffers.plain
-        self._slice = _buffers.slice
         self._pace = current_pace()
         # Bytes of the last read, 0 if there was a checkpoint since.
         self._last = 0
@@ -289,32 +279,14 @@ class Transport:
 
     def _decrypt(self, received: int) -> int:
         """Decrypt *received* bytes of ciphertext, and what came before them, into the plain buffer."""
-        tls, bio, plain, cipher = self.tls, self._in, self._plain, self._cipher
+        tls, plain = self.tls, self._plain
         assert tls is not None  # noqa: S101
-        filled = position = 0
-        while True:
-            if position < received:
-                stop = min(position + _SLICE, received)
-                bio.write(cipher[position:stop])
-                position = stop
-            try:
-                # Asking first saves the SSLWantReadError at the end of nearly every batch.
-                while bio.pending or tls.pending():
-                    count = cast("int", tls.read(_RECORD, plain[filled:]))
-                    if not count:
-                        self._eof = self.close_notified = True
-                        break
-                    filled += count
-            except ssl.SSLWantReadError:
-                pass
-            except ssl.SSLZeroReturnError:
-                self._eof = self.close_notified = True
-            except ssl.SSLError as error:
-                # What came before the broken record still counts.
-                self._eof = True
-                self._error = f"TLS: {error.reason or error}"
-            if self._eof or position >= received:
-                break
+        # All of it: nothing tells a reader of what is left in the BIO.
+        filled, end = decrypt(tls, self._in, self._cipher[:received], plain, len(plain))
+        if end is not None:
+            # What came before a broken record still counts.
+            self._eof = True
+            self._error, self.close_notified = end, not end
         self._flush_out()
         return filled
 
@@ -362,40 +334,9 @@ class Transport:
         if tls is None:
             return self._send_parts(parts)
         try:
-            return self._send_parts(self._encrypt(parts, tls))
+            return self._send_parts(encrypt(tls, self._out, parts))
         except ssl.SSLError as error:
             raise self._broken(error) from error
-
-    def _encrypt(self, parts: Sequence[Buffer], tls: ssl.SSLObject) -> list[Buffer]:
-        """Encrypt the parts, small ones gathered, a slice at a time: it stays in the cache."""
-        out = self._out
-        records: list[Buffer] = []
-        batch: list[Buffer] = []
-        room = _SLICE
-        for part in parts:
-            size = len(part)
-            if size < room:
-                batch.append(part)
-                room -= size
-                continue
-            view, start = memoryview(part), 0
-            if batch:
-                start = room
-                batch.append(view[:start])
-                tls.write(b"".join(batch))
-                records.append(out.read())
-                batch.clear()
-            while size - start >= _SLICE:
-                tls.write(view[start : start + _SLICE])
-                records.append(out.read())
-                start += _SLICE
-            room = _SLICE - (size - start)
-            if start < size:
-                batch.append(view[start:])
-        if batch:
-            tls.write(b"".join(batch))
-            records.append(out.read())
-        return records
 
     def _send_parts(self, parts: Sequence[Buffer]) -> bool:
         if len(parts) == 1:
