@@ -6,7 +6,7 @@ import ssl
 from typing import TYPE_CHECKING, Final, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 Buffer = bytes | bytearray | memoryview
 
@@ -29,6 +29,7 @@ def decrypt(
     """
     filled = position = 0
     end = len(data)
+    read = cast("Callable[[int, memoryview], int]", tls.read)
     try:
         while True:
             if position < end:
@@ -38,7 +39,7 @@ def decrypt(
             try:
                 # Asking first saves the SSLWantReadError at the end of nearly every batch.
                 while filled < most and (bio.pending or tls.pending()):
-                    count = cast("int", tls.read(RECORD, plain[filled:]))
+                    count = read(RECORD, plain[filled:])
                     if not count:
                         return filled, ""
                     filled += count
