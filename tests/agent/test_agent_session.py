@@ -10,7 +10,17 @@ from unittest.mock import patch
 
 import pytest
 import trio
-from harness import AgentWorld, dial_ok, observations, read_to_end, session, settle, value, values
+from harness import (
+    AgentWorld,
+    dial_ok,
+    heed_kernel,
+    observations,
+    read_to_end,
+    session,
+    settle,
+    value,
+    values,
+)
 
 from clusterproxy.agent.dial import EndpointDialError
 from clusterproxy.transport.outbox import current_outbox
@@ -472,6 +482,7 @@ async def test_over_the_budget(autojump_clock: MockClock) -> None:
 async def test_no_progress(
     tcp: bool, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
+    heed_kernel(autojump_clock)
     async with session(connection_buffer_bytes=BUDGET) as agent:
         slow = await agent.connect(connect_id=1, tcp=tcp)
         quick = await agent.connect(connect_id=2)
@@ -507,6 +518,7 @@ async def test_session_ends_over_the_budget(autojump_clock: MockClock) -> None:
 
 @pytest.mark.parametrize("tcp", [False, True])
 async def test_close_behind_data(tcp: bool, autojump_clock: MockClock) -> None:
+    heed_kernel(autojump_clock)
     async with session(window=1 << 20) as agent:
         service = await agent.connect(tcp=tcp)
         sent = bulk(1, 12 << 20)
@@ -529,6 +541,7 @@ async def test_close_behind_data(tcp: bool, autojump_clock: MockClock) -> None:
 
 
 async def test_close_behind_data_that_nobody_takes(autojump_clock: MockClock) -> None:
+    heed_kernel(autojump_clock)
     async with session(window=1 << 20) as agent:
         service = await agent.connect(tcp=True)
         agent.server.send(*bulk(1, 12 << 20), CloseRequest(1))
@@ -541,6 +554,7 @@ async def test_close_behind_data_that_nobody_takes(autojump_clock: MockClock) ->
 
 async def test_close_while_the_service_sends(autojump_clock: MockClock) -> None:
     """What it still says is read and dropped for a while, so that the last bytes to it are not lost."""
+    heed_kernel(autojump_clock)
     async with session() as agent:
         service = await agent.connect(tcp=True)
         agent.server.send(Data(1, data=b"last words"), CloseRequest(1))

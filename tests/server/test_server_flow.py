@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trio
-from harness import ServerWorld, dial_ok, read_to_end, serving, settle, tcp_pair, value, values
+from harness import (
+    ServerWorld,
+    dial_ok,
+    heed_kernel,
+    read_to_end,
+    serving,
+    settle,
+    tcp_pair,
+    value,
+    values,
+)
 
 from clusterproxy.transport.pace import READ_SIZE
 from clusterproxy_proto import CloseRequest, CloseResponse, Data, DialRequest
@@ -407,6 +417,7 @@ async def test_connect_over_the_budget(autojump_clock: MockClock) -> None:
 
 @pytest.mark.parametrize("tcp", [False, True])
 async def test_connect_without_progress(tcp: bool, autojump_clock: MockClock) -> None:
+    heed_kernel(autojump_clock)
     async with serving(connection_buffer_bytes=BUDGET) as server:
         agent = await server.agent()
         slow, neighbour = [await tunnel(server, agent, n, tcp=tcp) for n in (1, 2)]
@@ -430,6 +441,7 @@ async def test_connect_without_progress(tcp: bool, autojump_clock: MockClock) ->
 
 @pytest.mark.parametrize("tcp", [False, True])
 async def test_connect_client_goes_with_data_queued(tcp: bool, autojump_clock: MockClock) -> None:
+    heed_kernel(autojump_clock)
     async with serving() as server:
         agent = await server.agent()
         client = await tunnel(server, agent, 1, tcp=tcp)
