@@ -19,7 +19,15 @@ from clusterproxy.addon.ca_delivery import (
     refreshed,
 )
 from clusterproxy.addon.ca_rotation import State, fingerprint
-from clusterproxy.addon.certificates import Authority, Leaf, Usage, go_time, issue, new_authority
+from clusterproxy.addon.certificates import (
+    Authority,
+    Leaf,
+    Usage,
+    go_time,
+    issue,
+    new_authority,
+    new_key,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -316,6 +324,23 @@ def test_a_service_proxy_has_its_certificate_by_the_work(
     for key in clusters.items:
         clusters.items[key] = patched(addon, patch)
     assert list(clusters.delivery().lacking(retire)) == ["a", "c"]
+
+
+def test_a_service_proxy_has_its_certificate_of_an_authority_that_was_renewed_with_its_key() -> (
+    None
+):
+    key = new_key()
+    old, new = (new_authority(NOW, private_key=key) for _ in range(2))
+    retire = State(authority=new, previous=old.certificates)
+    notes = CertificateNotes()
+    addon = says(ADDON, certificate(new))
+    notes.note(addon)
+    patch = notes.patch(addon, [certificate(new)], new, NOW)
+    assert patch is not None
+    clusters = Clusters(a=[work(serving(certificate(new)))], b=[work(serving(certificate(old)))])
+    for each in clusters.items:
+        clusters.items[each] = patched(addon, patch)
+    assert clusters.delivery().lacking(retire) == {}
 
 
 def test_what_cannot_be_deployed_anew_is_refreshed(

@@ -28,6 +28,7 @@ from .certificates import (
     CertificateError,
     go_time,
     issued_by,
+    issued_only_by,
     load_certificates,
     load_pair,
     subject_of,
@@ -66,7 +67,7 @@ class _Wanted:
     """What the agents are to have: authorities, and a certificate of *authority* if that is given."""
 
     trusted: frozenset[x509.Certificate]
-    authority: bytes = b""
+    authority: Authority | None = None
     previous: tuple[x509.Certificate, ...] = ()
 
 
@@ -228,7 +229,7 @@ def _wanted(state: State) -> _Wanted | None:
         return None
     if state.phase is Phase.PREPARE:
         return _Wanted(frozenset(state.trusted))
-    return _Wanted(frozenset(), state.authority.crt, state.previous)
+    return _Wanted(frozenset(), state.authority, state.previous)
 
 
 def _is_joined(cluster: Object | None) -> bool:
@@ -246,7 +247,7 @@ def _is(cluster: Object | None, kind: str) -> bool:
 
 
 def _has(addon: Object, works: Sequence[Object], wanted: _Wanted) -> bool:
-    if wanted.authority and not _is_replaced(addon, wanted.authority):
+    if wanted.authority is not None and not _is_replaced(addon, wanted.authority.crt):
         return False
     return all(_gives(work, wanted) for work in works)
 
@@ -259,9 +260,9 @@ def _gives(work: Object, wanted: _Wanted) -> bool:
             if not wanted.trusted <= set(_certificates(manifest, "ca.crt")):
                 return False
             concerned = True
-        elif _is_secret(manifest, SERVICE_PROXY_SECRET) and wanted.previous:
-            leaf = _certificates(manifest, "tls.crt")[:1]
-            if any(issued_by(each, issuer) for each in leaf for issuer in wanted.previous):
+        elif _is_secret(manifest, SERVICE_PROXY_SECRET) and wanted.authority is not None:
+            leaf, authority = _certificates(manifest, "tls.crt")[:1], wanted.authority.certificate
+            if any(issued_only_by(each, wanted.previous, authority) for each in leaf):
                 return False
             concerned = True
     condition = applied_condition(work)

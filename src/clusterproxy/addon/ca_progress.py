@@ -20,7 +20,7 @@ from .ca_rotation import (
     previous_fingerprint,
     stamp,
 )
-from .certificates import CertificateError, aged, issued_by, load_certificates
+from .certificates import CertificateError, aged, issued_only_by, load_certificates
 from .configuration import DEFAULT_NAMESPACE, PROXY_SERVER_CA_SECRET, SignerType
 from .findings import CA_ROTATION, told
 from .leaves import secret_data
@@ -30,8 +30,6 @@ from .signer import SignerInvalid
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from datetime import datetime
-
-    from cryptography import x509
 
     from clusterproxy.kube.api import KubeApi
     from clusterproxy.kube.events import EventRecorder
@@ -174,18 +172,18 @@ def _late(secrets: Sequence[Object], state: State, now: datetime) -> list[str]:
         late += (
             name
             for name, data in sorted(contents.items())
-            if _is_of(data.get("tls.crt", b""), state.previous, now)
+            if _is_of_previous(data.get("tls.crt", b""), state, now)
         )
     return late
 
 
-def _is_of(tls_crt: bytes, authorities: Sequence[x509.Certificate], now: datetime) -> bool:
+def _is_of_previous(tls_crt: bytes, state: State, now: datetime) -> bool:
     try:
         certificate = load_certificates(tls_crt, "tls.crt")[0]
     except CertificateError:
         return False
-    return now < certificate.not_valid_after_utc and any(
-        issued_by(certificate, authority) for authority in authorities
+    return now < certificate.not_valid_after_utc and issued_only_by(
+        certificate, state.previous, state.authority.certificate
     )
 
 

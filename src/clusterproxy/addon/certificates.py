@@ -28,7 +28,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from clusterproxy.errors import ClusterProxyError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
@@ -493,6 +493,20 @@ def issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
     except (InvalidSignature, *_UNPARSABLE):
         return False
     return True
+
+
+def issued_only_by(
+    certificate: x509.Certificate,
+    replaced: Iterable[x509.Certificate],
+    authority: x509.Certificate,
+) -> bool:
+    """Whether a certificate is of one of those that *authority* has replaced, and not its own.
+
+    An authority that was renewed with its name and its key has issued what it has issued before, too.
+    """
+    return any(issued_by(certificate, each) for each in replaced) and not issued_by(
+        certificate, authority
+    )
 
 
 def _differences(kind: str, present: set[str], wanted: set[str]) -> list[str]:
