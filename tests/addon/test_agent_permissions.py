@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from golden_objects import golden
 
 from clusterproxy.addon.agent_permissions import AgentPermissions, agent_permissions, surplus
@@ -19,6 +21,8 @@ PROXY_NAMESPACE = "proxy-ns"
 
 REVIEWS = "cluster-proxy-addon-agent-tokenreview"
 ROLE = "cluster-proxy-addon-agent"
+
+RIGHTS = Path(__file__).parents[2] / "deploy" / "manager" / "rbac.yaml"
 
 
 def permissions(subject: Subject, cluster: str = "cluster1", **options: Any) -> AgentPermissions:
@@ -224,3 +228,29 @@ def test_the_golden_objects_stay_as_they_are(situation: str) -> None:
         assert merge(theirs, same) is None
         assert obj["metadata"].get("namespace") == theirs["metadata"].get("namespace")
     assert found == DIFFERENCES.keys()
+
+
+def test_the_manager_may_change_whose_its_objects_are() -> None:
+    """An owner is named in another version of its API once the hub serves that.
+
+    Where the apiserver sees to it (OwnerReferencesPermissionEnforcement, as on OpenShift), that takes the right to delete.
+    """
+    rules = [
+        rule
+        for obj in yaml.safe_load_all(RIGHTS.read_text())
+        if obj["kind"] == "ClusterRole"
+        for rule in obj["rules"]
+    ]
+    for resource, obj in permissions(account()).objects:
+        if "ownerReferences" not in obj["metadata"] or obj["metadata"].get("namespace") == (
+            PROXY_NAMESPACE
+        ):
+            continue
+        names = [
+            rule.get("resourceNames", [obj["metadata"]["name"]])
+            for rule in rules
+            if "delete" in rule["verbs"]
+            and resource.group in rule["apiGroups"]
+            and resource.plural in rule["resources"]
+        ]
+        assert any(obj["metadata"]["name"] in each for each in names), obj["metadata"]
