@@ -757,6 +757,20 @@ def test_a_second_configuration_for_the_namespace_is_told(manager: Installation)
             assert after[name] == version, name
 
 
+def test_a_namespace_that_becomes_free_is_taken_at_once(manager: Installation) -> None:
+    before = manager.configure("before")
+    manager.start()
+    manager.await_reconciled("before")
+    manager.configure()
+    told = manager.await_condition("ConfigurationValid", "False")
+    assert told["reason"] == "NamespaceTaken"
+    manager.plane.delete(before)
+    manager.await_condition("ConfigurationValid")
+    manager.await_reconciled()
+    eventually(lambda: manager.find("apps/v1", "Deployment", "before") is None, "it is collected")
+    eventually(lambda: manager.find("v1", "Service", "proxy-entrypoint"), "what both had is there")
+
+
 def test_a_profile_that_cannot_be_read_changes_nothing(manager: Installation) -> None:
     profile = {
         "apiVersion": "v1",

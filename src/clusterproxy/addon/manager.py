@@ -128,6 +128,8 @@ class Manager:
         elif not self._is_news(event.object):
             return
         self._controller.enqueue(name)
+        # A namespace may be free now that another one waits for, and what others own is the main one's.
+        self._all_changed()
 
     def _is_news(self, configuration: Object) -> bool:
         """Whether something but the status has changed, which we write: it would have us look again at once."""
