@@ -209,6 +209,36 @@ async def test_the_apiserver_is_gone_for_too_long(
         assert leader.ended[0] - renewed <= 10
 
 
+@pytest.mark.parametrize("done", [False, True])
+async def test_one_renewal_is_not_answered(
+    autojump_clock: MockClock, server: MemoryApiserver, done: bool
+) -> None:
+    async with leading(server) as leader:
+        # One apiserver of several is gone without a word, and the connection to it is silent.
+        server.delay_s = 1000
+        await trio.sleep(3)
+        server.delay_s = 0
+        if done:
+            server.put(LEASES, "l", "n", spec=lease(server) | {"renewTime": "only just"})
+        await trio.sleep(30)
+        assert leader.election.leading
+        assert leader.lost == ""
+
+
+async def test_who_leads_is_not_answered(
+    autojump_clock: MockClock, server: MemoryApiserver
+) -> None:
+    server.delay_s = 1000
+    ours = candidate(server, "ours")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ours.run)
+        await trio.sleep(3)
+        server.delay_s = 0
+        await trio.sleep(10)
+        assert ours.began
+        nursery.cancel_scope.cancel()
+
+
 async def test_two_never_lead_at_once(autojump_clock: MockClock, server: MemoryApiserver) -> None:
     server.delay_s = 0.1
     async with trio.open_nursery() as nursery:

@@ -11,6 +11,7 @@ import random
 import socket
 import time
 import uuid
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -21,6 +22,7 @@ from clusterproxy.errors import (
     ClusterProxyError,
     Conflict,
     KubeError,
+    KubeUnavailable,
     NotFound,
 )
 
@@ -179,8 +181,8 @@ class LeaderElection:
             await self._write(self._lease_of_ours())
         except (Conflict, AlreadyExists, NotFound) as error:
             self._report(error)
-            # The next attempt must not be made with what has changed.
-            return await self._look_again()
+            if not await self._renew_again():
+                return False
         except KubeError as error:
             self._report(error)
             return False
@@ -188,16 +190,23 @@ class LeaderElection:
         self._trouble = ""
         return True
 
-    async def _look_again(self) -> bool:
+    async def _renew_again(self) -> bool:
+        """Have a look, and renew what is our own yet: a renewal without an answer may have been done."""
         try:
             await self._look()
+            if not self.leading or self._holder != self._identity:
+                # The next attempt must not be made with what has changed.
+                return False
+            await self._write(self._lease_of_ours())
         except KubeError as error:
             self._report(error)
-        return False
+            return False
+        return True
 
     async def _look(self) -> None:
         try:
-            found = await self._api.get(LEASES, self._name, self._namespace)
+            get = partial(self._api.get, LEASES, self._name, self._namespace)
+            found = await self._ask(get)
         except NotFound:
             found = {}
         else:
@@ -246,11 +255,20 @@ class LeaderElection:
         }
 
     async def _write(self, lease: Object) -> None:
-        if self._lease:
-            self._lease = await self._api.replace(LEASES, lease)
-        else:
-            self._lease = await self._api.create(LEASES, lease)
+        write = self._api.replace if self._lease else self._api.create
+        self._lease = await self._ask(partial(write, LEASES, lease))
         self._seen_at = trio.current_time()
+
+    async def _ask(self, call: Callable[[], Awaitable[Object]]) -> Object:
+        """Make a call that leaves time for another one.
+
+        One of several apiservers may be gone without a word, and the next connection leads to another. As
+        controller-runtime (pkg/leaderelection/leader_election.go, the timeout of its client).
+        """
+        limit = self._times.renew_deadline / 2
+        with trio.move_on_after(limit):
+            return await call()
+        raise KubeUnavailable(f"no answer within {limit:g} s")
 
     async def _release(self) -> None:
         """Let another one lead at once (leaderelection.go: release)."""
