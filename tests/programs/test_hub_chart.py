@@ -563,6 +563,26 @@ def test_the_older_version_of_the_addon_api() -> None:
             {"userServer": {"ingress": {"enabled": True}}},
             "needs enableServiceProxy: without it there is no user server; userServer.ingress.host must be set",
         ),
+        *(
+            (
+                {"proxyServer": {"entrypointAddress": address}},
+                "proxyServer.entrypointAddress must be a host name or an IP address, without scheme",
+            )
+            for address in ("https://hub.example", "hub.example:443", "10.1.2.3:443", "[fd00::1]")
+        ),
+        (
+            {"proxyServer": {"entrypointLoadBalancer": "true", "port": "8090"}},
+            "proxyServer.port must not be 8090 with proxyServer.entrypointLoadBalancer",
+        ),
+        *(
+            ({"registry": registry}, "registry must be the name of a registry")
+            for registry in ("https://registry.example/team", "registry.example/team/")
+        ),
+        ({"userServer": {"additionalSANs": ["a b"]}}, "at '/userServer/additionalSANs/0': 'a b'"),
+        (
+            {"installByPlacement": {"placementName": "Mine"}},
+            "at '/installByPlacement/placementName': 'Mine' does not match pattern",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(chart: Renderer, values: Object, message: str) -> None:

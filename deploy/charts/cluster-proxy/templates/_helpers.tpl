@@ -124,6 +124,21 @@ resources:
 {{- $problems = append $problems "userServer.ingress.host must be set with userServer.ingress.enabled" -}}
 {{- end -}}
 {{- end -}}
+{{- $server := .Values.proxyServer -}}
+{{- with $server.entrypointAddress -}}
+{{- $label := "[A-Za-z0-9_]([-A-Za-z0-9_]*[A-Za-z0-9_])?" -}}
+{{- if not (regexMatch (printf "^(%s(\\.%s)*|[0-9A-Fa-f.]*:[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*)$" $label $label) .) -}}
+{{- $problems = append $problems "proxyServer.entrypointAddress must be a host name or an IP address, without scheme, port, path and brackets; the port is proxyServer.port" -}}
+{{- end -}}
+{{- end -}}
+{{- if and (not $server.entrypointAddress) (include "hub.on" $server.entrypointLoadBalancer) (eq ($server.port | int64) 8090) -}}
+{{- $problems = append $problems "proxyServer.port must not be 8090 with proxyServer.entrypointLoadBalancer: that is the port of clients at the load balancer" -}}
+{{- end -}}
+{{- with .Values.registry -}}
+{{- if not (regexMatch "^[A-Za-z0-9._:\\[\\]-]+(/[a-z0-9._-]+)*$" .) -}}
+{{- $problems = append $problems "registry must be the name of a registry, such as registry.example:5000/team, without scheme and without a slash at the end" -}}
+{{- end -}}
+{{- end -}}
 {{- with $problems }}{{ fail (join "; " .) }}{{ end -}}
 {{- end }}
 
