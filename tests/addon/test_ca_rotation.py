@@ -334,6 +334,18 @@ def test_somebodys_own_authority_is_replaced_on_request_only(generate: Any) -> N
         asked = go(reread(state, **{REQUEST: "please"}), now, generate)
         assert asked is not None
         assert asked.phase is (Phase.PREPARE if now < end else Phase.STEADY)
+    # Its end comes nearer in a rotation, too, which may wait for half a year.
+    retire = attrs.evolve(state, previous=generate(NOW).certificates, began=NOW)
+    for agents in ({}, {"away": ""}):
+        told = waits_for(retire, (), agents, NOW + 90 * DAY, "ns/signer")
+        assert told is not None
+        assert (told.by_itself, told.reason) == (False, "CAExpiring")
+        assert "2027-03-06T00:00:00Z" in told.message
+        assert "retire since" in told.message
+    prepare = attrs.evolve(state, following=generate(NOW), began=NOW)
+    told = waits_for(prepare, (), {}, NOW + 90 * DAY, "ns/signer")
+    assert told is not None
+    assert told.reason == "Delivered"
     # Its successor may be somebody's own, too.
     data, _ = state.write()
     own = somebodys(NOW, end + 100 * DAY)

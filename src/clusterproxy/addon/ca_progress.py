@@ -28,7 +28,7 @@ from .objects import patiently
 from .signer import SignerInvalid
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from datetime import datetime
 
     from clusterproxy.kube.api import KubeApi
@@ -218,10 +218,24 @@ def waits_for(
       secret: namespace and name of the authority's.
     """
     waiting = _waiting(state, lagging, agents, now, secret)
-    if not state.problems:
+    problems = (*state.problems, *_end(state, now, secret))
+    if not problems:
         return waiting
-    texts = (*state.problems, *(() if waiting is None else (waiting.message,)))
-    return Waiting(False, "InvalidAnnotation", "; ".join(texts))
+    reason = "InvalidAnnotation" if state.problems else "CAExpiring"
+    texts = (*problems, *(() if waiting is None else (waiting.message,)))
+    return Waiting(False, reason, "; ".join(texts))
+
+
+def _end(state: State, now: datetime, secret: str) -> Iterator[str]:
+    """Tell of the end of an authority that has no successor."""
+    # One of our own is replaced by now.
+    if state.following is None and aged(state.authority.certificate, now):
+        end = stamp(state.authority.certificate.not_valid_after_utc)
+        yield (
+            f"the authority in Secret {secret} expires at {end}, and is not replaced by itself, for it is not of the "
+            "manager's making: put its successor there as next-ca.crt and next-ca.key, or have one made: "
+            + _annotate(secret, REQUEST, '"$(date +%s)"')
+        )
 
 
 def _waiting(
@@ -232,16 +246,7 @@ def _waiting(
     secret: str,
 ) -> Waiting | None:
     if state.phase is Phase.STEADY:
-        if not aged(state.authority.certificate, now):
-            return None
-        # One of our own is replaced by now.
-        end = stamp(state.authority.certificate.not_valid_after_utc)
-        message = (
-            f"the authority in Secret {secret} expires at {end}, and is not replaced by itself, for it is not of the "
-            "manager's making: put its successor there as next-ca.crt and next-ca.key, or have one made: "
-            + _annotate(secret, REQUEST, '"$(date +%s)"')
-        )
-        return Waiting(False, "CAExpiring", message)
+        return None
     phase = f"{state.phase} since {stamp(state.began or now)}"
     if lagging:
         what = (
