@@ -17,6 +17,7 @@ from clusterproxy.addon.ca_delivery import (
     CertificateNotes,
     Delivery,
     refreshed,
+    uses_https_proxy,
 )
 from clusterproxy.addon.ca_rotation import State, fingerprint
 from clusterproxy.addon.certificates import (
@@ -352,23 +353,23 @@ def test_what_cannot_be_deployed_anew_is_refreshed(
     mine = pair()
     fresh = serving(mine["tls.crt"], mine["tls.key"])
     present = work(ca(old), deployment, serving(b"old"))
-    changed = refreshed(present, bundle, fresh)
+    changed = refreshed(present, bundle, fresh, proxied=True)
     assert changed is not None
     assert changed["spec"]["workload"]["manifests"] == [ca(bundle), deployment, fresh]
     assert {key: changed[key] for key in ("metadata", "status")} == {
         key: present[key] for key in ("metadata", "status")
     }
     assert present["spec"]["workload"]["manifests"][0] == ca(old)
-    assert refreshed(changed, bundle, fresh) is None
+    assert refreshed(changed, bundle, fresh, proxied=True) is None
     # Whoever cannot say what the certificate is changes none, and what is none replaces none.
     unusable = serving(pair()["tls.crt"], mine["tls.key"])
     for unknown in (None, {}, secret("x", tls_crt=b"half"), serving(b"certificate"), unusable):
-        assert refreshed(changed, bundle, unknown) is None
+        assert refreshed(changed, bundle, unknown, proxied=True) is None
     # In another order it is the same.
-    assert refreshed(changed, new + old, fresh) is None
-    assert refreshed(work(deployment), bundle, fresh) is None
-    assert refreshed({}, bundle, fresh) is None
-    broken = refreshed(work(ca(b"broken")), bundle, None)
+    assert refreshed(changed, new + old, fresh, proxied=True) is None
+    assert refreshed(work(deployment), bundle, fresh, proxied=True) is None
+    assert refreshed({}, bundle, fresh, proxied=True) is None
+    broken = refreshed(work(ca(b"broken")), bundle, None, proxied=True)
     assert broken is not None
     assert broken["spec"]["workload"]["manifests"] == [ca(bundle)]
 
@@ -377,13 +378,41 @@ def test_what_else_an_agent_trusts_stays_and_our_own_authorities_go(
     authorities: tuple[Authority, Authority], somebodys: bytes
 ) -> None:
     old, new = (each.crt for each in authorities)
-    changed = refreshed(work(ca(old + somebodys)), old + new, None)
+    changed = refreshed(work(ca(old + somebodys)), old + new, None, proxied=True)
     assert changed is not None
     assert changed["spec"]["workload"]["manifests"] == [ca(old + new + somebodys)]
-    retired = refreshed(changed, new, None)
+    retired = refreshed(changed, new, None, proxied=True)
     assert retired is not None
     assert retired["spec"]["workload"]["manifests"] == [ca(new + somebodys)]
-    assert refreshed(retired, new, None) is None
+    assert refreshed(retired, new, None, proxied=True) is None
+
+
+def test_without_an_https_proxy_nobody_elses_authority_stays(
+    authorities: tuple[Authority, Authority], somebodys: bytes
+) -> None:
+    """An authority of one's own that was retired, which looks like any other."""
+    new = authorities[1].crt
+    retired = refreshed(work(ca(somebodys + new)), new, None, proxied=False)
+    assert retired is not None
+    assert retired["spec"]["workload"]["manifests"] == [ca(new)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        ("HTTPS_PROXY", "HTTPS://proxy:3128", True),
+        ("HTTPS_PROXY", "http://proxy:3128", False),
+        ("HTTP_PROXY", "https://proxy:3128", False),
+        ("HTTPS_PROXY", None, False),
+    ],
+)
+def test_an_agent_that_goes_through_an_https_proxy(
+    name: str, value: str | None, found: bool
+) -> None:
+    container = {"env": [{"name": "POD"}, {"name": name, "value": value}]}
+    deployment = {"spec": {"template": {"spec": {"containers": [{}, container]}}}}
+    assert uses_https_proxy([work(ca(b"")), work(deployment)]) is found
+    assert not uses_https_proxy([{}, work(ca(b""), {}, {"spec": "x"})])
 
 
 @pytest.fixture(scope="module")

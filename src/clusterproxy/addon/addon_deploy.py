@@ -12,7 +12,7 @@ from clusterproxy.kube.resource import MANIFEST_WORKS, text_at
 
 from .agent_manifests import agent_manifests
 from .agent_values import AgentSources, agent_values
-from .ca_delivery import refreshed
+from .ca_delivery import refreshed, uses_https_proxy
 from .chart_values import UnrenderableError
 from .contention import ConflictingWriter, Contention, last_writer
 from .manifest_work import (
@@ -119,8 +119,9 @@ class Deployer:
         """Give an agent that cannot be deployed anew, or not yet, what it must have to be connected."""
         if not sight.ca_bundle:
             return
+        proxied = uses_https_proxy(existing)
         for work in existing:
-            fresh = refreshed(work, sight.ca_bundle, certificate)
+            fresh = refreshed(work, sight.ca_bundle, certificate, proxied=proxied)
             if fresh is not None and is_deploy_work(work):
                 await self._ensure(fresh, work)
 

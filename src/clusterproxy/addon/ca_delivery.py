@@ -171,7 +171,21 @@ class CertificateNotes:
         return status_patch(addon, {"conditions": addon_conditions(addon, [condition], now)})
 
 
-def refreshed(work: Object, bundle: bytes, certificate: Object | None) -> Object | None:
+def uses_https_proxy(works: Iterable[Object]) -> bool:
+    """Whether the agent that works carry goes through an HTTPS proxy, whose authorities it trusts besides ours."""
+    return any(
+        value_at(variable, "name") == "HTTPS_PROXY"
+        and text_at(variable, "value").lower().startswith("https")
+        for work in works
+        for manifest in list_at(work, "spec", "workload", "manifests")
+        for container in list_at(manifest, "spec", "template", "spec", "containers")
+        for variable in list_at(container, "env")
+    )
+
+
+def refreshed(
+    work: Object, bundle: bytes, certificate: Object | None, *, proxied: bool
+) -> Object | None:
     """Return a work with present authorities and the present certificate of service proxies; None if it has them.
 
     That is no other version of a configuration: a cluster that has to wait for that must have them all the same.
@@ -180,12 +194,15 @@ def refreshed(work: Object, bundle: bytes, certificate: Object | None) -> Object
       work: a work that carries an agent, or a part of one.
       bundle: the authorities to be trusted.
       certificate: the secret with the service proxies' certificate, None if there is none.
+      proxied: as :func:`uses_https_proxy` says: somebody else's authorities in the work stay. Without, there is nobody
+        whose they could be but ours, of before.
     """
     manifests: list[object] = []
     for manifest in list_at(work, "spec", "workload", "manifests"):
         fresh: dict[str, bytes] = {}
         if _is_secret(manifest, CA_SECRET):
-            fresh = {"ca.crt": _with_others(bundle, secret_data(manifest).get("ca.crt", b""))}
+            present = secret_data(manifest).get("ca.crt", b"")
+            fresh = {"ca.crt": _with_others(bundle, present, keep=proxied)}
         elif _is_secret(manifest, SERVICE_PROXY_SECRET) and certificate is not None:
             fresh = _pair(certificate)
         if fresh and secret_data(manifest) != fresh:
@@ -207,14 +224,14 @@ def _pair(secret: Object) -> dict[str, bytes]:
     return {key: data[key] for key in ("tls.crt", "tls.key")}
 
 
-def _with_others(bundle: bytes, present: bytes) -> bytes:
-    """Return a bundle with what else an agent trusts, as that of an HTTPS proxy; authorities of ours that are gone go."""
+def _with_others(bundle: bytes, present: bytes, *, keep: bool) -> bytes:
+    """Return a bundle with what else an agent trusts, if that is to be kept; authorities of ours that are gone go."""
     wanted = load_certificates(bundle, "bundle")
     try:
         there = load_certificates(present, "ca.crt")
     except CertificateError:
         return bundle
-    others = [each for each in there if each not in wanted and not _is_ours(each)]
+    others = [each for each in there if keep and each not in wanted and not _is_ours(each)]
     if set(wanted) | set(others) == set(there):
         return present
     return bundle + b"".join(each.public_bytes(Encoding.PEM) for each in others)
