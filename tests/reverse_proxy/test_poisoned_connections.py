@@ -45,6 +45,23 @@ async def test_a_body_that_comes_behind_the_whole_answer(
         assert stage.pool.waiting == 0
 
 
+async def test_a_body_that_trailers_end_before_its_length(autojump_clock: object) -> None:
+    """The origin waits for the rest, and would take the beginning of the next request for it."""
+    async with staged() as stage:
+        client = await stage.http2_client()
+        number = await client.request((b"content-length", b"100"), method=b"POST", end=False)
+        origin = await stage.dialled()
+        assert b"\r\nContent-Length: 100\r\n" in await origin.until()
+        client.h2.send_data(number, b"0123456789")
+        client.h2.send_headers(number, [(b"x-sum", b"1")], end_stream=True)
+        with trio.fail_after(5):
+            await client.flush()
+            assert (await client.response(number))[0] == 400
+            assert b"shorter than Content-Length" in await client.body(number)
+            assert await origin.rest() in {b"", b"0123456789"}
+        assert stage.pool.waiting == 0
+
+
 @pytest.mark.parametrize("framing", [b"Content-Length: 5", b"Transfer-Encoding: chunked"])
 async def test_a_body_that_nobody_asked_for_and_a_request_behind_it(
     autojump_clock: object, framing: bytes

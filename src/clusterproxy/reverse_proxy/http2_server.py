@@ -111,10 +111,13 @@ class Http2Exchange(Incoming):
         self._pieces: list[Buffer] = []
         self._queued = 0
         self.upgrade = b""
+        self.body_length: int | None = None
         self.trailers: Headers = []
         self.body_done = stream.peer_ended
         self._ended = stream.peer_ended
-        self._malformed = False
+        # Bytes of the body that have come, and what is wrong with its end.
+        self._size = 0
+        self._flaw = ""
 
     # -- the request -------------------------------------------------------------------------------
 
@@ -156,7 +159,7 @@ class Http2Exchange(Incoming):
                 length = parse_length(lengths[0])
             except BadMessage:
                 return 400
-            # That DATA keeps to it is seen by h2.
+            # That DATA keeps to it is seen by h2, but not where trailers end the body.
             if len(lengths) > 1 or (self.body_done and length):
                 return 400
             self.body_length = length
@@ -200,14 +203,19 @@ class Http2Exchange(Incoming):
         return pieces
 
     def _check_trailers(self) -> None:
-        if self._malformed:
-            raise ClientGone("malformed trailer field", 400)
+        if self._flaw:
+            raise ClientGone(self._flaw, 400)
 
     def on_headers(self, headers: list[Header]) -> None:
         self.trailers = list(headers)
-        self._malformed = any(_is_broken(value) or not is_token(name) for name, value in headers)
+        if any(_is_broken(value) or not is_token(name) for name, value in headers):
+            self._flaw = "malformed trailer field"
+        elif self.body_length not in (None, self._size):
+            # The origin was told the length: it would take the rest from the next request (RFC 9113 §8.1.1).
+            self._flaw = "the body is shorter than Content-Length"
 
     def on_data(self, view: memoryview) -> bool:
+        self._size += len(view)
         if self.finished:
             self.discarded = True
             return False
