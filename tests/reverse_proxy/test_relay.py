@@ -690,6 +690,20 @@ async def test_old_servers_are_understood(autojump_clock: object) -> None:
             await client.send(GET)
 
 
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\n", b"\n\r\n", b"\r\n\r\n"])
+async def test_an_empty_line_in_a_body_ends_no_head(autojump_clock: object, end: bytes) -> None:
+    """That of an old server ends at its own first one, whatever lines the body has."""
+    async with staged() as stage:
+        client = stage.client()
+        await client.send(GET)
+        origin = await stage.dialled()
+        await origin.until()
+        await origin.send(b"HTTP/1.1 200 OK\nContent-Length: 9" + end + b"a\n\nb\r\n\r\nc")
+        assert await client.until(b"c") == (
+            b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\na\n\nb\r\n\r\nc"
+        )
+
+
 # -- connections to origins ----------------------------------------------------------------------------
 
 

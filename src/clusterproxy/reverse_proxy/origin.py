@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import ssl
 from collections import OrderedDict
@@ -16,7 +17,6 @@ import trio
 from clusterproxy.http1.grammar import (
     BadMessage,
     ResponseHead,
-    has_bare_lf,
     normalize_lines,
     parse_response,
 )
@@ -35,6 +35,9 @@ _log = logging.getLogger("clusterproxy.proxy")
 MAX_RESPONSE_HEAD: Final = 1024 * 1024
 
 _FIRST_READ: Final = 64 * 1024
+
+# The first empty line, also that of an old server whose lines have no CR: in its body there may be lines that have.
+_HEAD_END: Final = re.compile(rb"\n\r?\n")
 
 # How often idle connections are looked at.
 _LOOK_S: Final = 1.0
@@ -117,19 +120,14 @@ class Connection:
         data: bytes | bytearray = early
         searched = 0
         while True:
-            end = data.find(b"\r\n\r\n", searched)
-            if end >= 0:
+            end = _HEAD_END.search(data, searched)
+            if end is not None:
                 self.reused = False
-                return self._parse(bytes(data[: end + 2])), memoryview(data)[end + 4 :]
-            if has_bare_lf(data, searched):
-                end = data.find(b"\n\n", max(0, searched - 2))
-                end = data.find(b"\n\r\n", max(0, searched - 2)) if end < 0 else end
-                if end >= 0:
-                    rest = end + (2 if data[end + 1] == 10 else 3)
-                    return self._parse(bytes(data[: end + 1])), memoryview(data)[rest:]
+                head, rest = bytes(data[: end.start() + 1]), memoryview(data)[end.end() :]
+                return self._parse(head), rest
             if len(data) > MAX_RESPONSE_HEAD:
                 raise UpstreamError("server response headers exceeded 1048576 bytes; aborted")
-            searched = max(0, len(data) - 4)
+            searched = max(0, len(data) - 2)
             try:
                 view = await self.wire.receive(_FIRST_READ)
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
