@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -130,6 +131,49 @@ async def test_an_origin_that_breaks_off(autojump_clock: object, *, sockets: boo
         with suppress(trio.BrokenResourceError):
             assert await client.rest() == b""
         await client.aclose()
+
+
+class Broken(OneWay):
+    """A stream whose end is not an orderly one."""
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        if not (data := await super().receive_some(max_bytes)):
+            raise trio.BrokenResourceError("cut off")
+        return data
+
+
+async def test_what_came_before_an_origin_broke_off_arrives() -> None:
+    """As with Go: a reset would have the kernel throw away what a client has not taken yet."""
+    content = bytes(300_000)
+    async with staged() as stage:
+        ours, theirs = trio.testing.memory_stream_pair()
+
+        async def connect() -> Broken:
+            return Broken(ours)
+
+        async def decide(request: Request) -> Forward:
+            origin = Origin(scheme="http", host="a", port=1, pool=stage.pool, connect=connect)
+            return Forward(origin, request.target, request.headers)
+
+        stage.decide = decide
+        with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as ends:
+            ends.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            ends.connect(listener.getsockname())
+            accepted, _ = listener.accept()
+            accepted.setblocking(False)
+            ends.setblocking(False)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stage.server.serve, accepted)
+                client = Peer(trio.SocketStream(trio.socket.from_stdlib_socket(ends)))
+                await client.send(ASK)
+                origin = Peer(theirs)
+                await origin.until()
+                await origin.send(SWITCH + content)
+                await origin.eof()
+                # It reads when all is over, or its socket takes no more.
+                await trio.testing.wait_all_tasks_blocked()
+                await client.until()
+                assert len(await client.rest()) == len(content)
 
 
 async def test_a_client_that_breaks_off(autojump_clock: object) -> None:
