@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 # What may be sent again on a new connection if the old one turns out to be closed (Go's Request.isReplayable).
 _REPLAYABLE: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 
+# What may be, if nothing of its body has been asked for: an origin may have acted upon the head alone, so a proxy must not
+# send anything again that is not idempotent (RFC 9110 §9.2.2).
+_IDEMPOTENT: Final = _REPLAYABLE | {"PUT", "DELETE"}
+
 # Methods whose requests say that they have no body (Go's transferWriter.shouldSendContentLength).
 _WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 
@@ -88,14 +92,16 @@ class Passage:
         incoming = self._incoming
         head = self._render()
         # A GET for another protocol may be a command in a container.
-        replayable = self._sent and not incoming.upgrade and incoming.request.method in _REPLAYABLE
+        method = "" if incoming.upgrade else incoming.request.method
+        replayable = self._sent and method in _REPLAYABLE
         while True:
             connection = await self._pool.take(self._origin)
             try:
                 kept = await self._converse(connection, head)
             except Stale as error:
                 connection.abort()
-                if not (connection.reused and (replayable or self._unbegun)):
+                again = replayable or (self._unbegun and method in _IDEMPOTENT)
+                if not (connection.reused and again):
                     raise UpstreamError(str(error) or "EOF") from error
             except BaseException:
                 connection.abort()
