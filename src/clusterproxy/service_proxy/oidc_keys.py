@@ -82,7 +82,8 @@ def verified_claims(token: str, keys: Sequence[Key], algorithms: Sequence[str]) 
     """
     try:
         header = jwt.get_unverified_header(token)
-    except jwt.PyJWTError as error:
+    except (jwt.PyJWTError, RecursionError) as error:
+        # Older releases of PyJWT, which will do, let the second through for a header that is nested deeply.
         raise Rejected(f"oidc: malformed token: {error}") from error
     alg, kid = header.get("alg"), header.get("kid", "")
     if alg not in algorithms or alg not in _KINDS:
@@ -104,6 +105,6 @@ def verified_claims(token: str, keys: Sequence[Key], algorithms: Sequence[str]) 
 def _payload(token: str, key: Key, alg: str) -> bytes | None:
     try:
         payload: bytes = jwt.PyJWS().decode(token, key=key.public, algorithms=[alg])
-    except jwt.PyJWTError:
+    except (jwt.PyJWTError, RecursionError):
         return None
     return payload
