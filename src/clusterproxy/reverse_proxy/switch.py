@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 if TYPE_CHECKING:
-    from clusterproxy.transport.stream import Buffer
+    from clusterproxy.transport.records import Buffer
 
     from .wire import Wire
 
