@@ -357,6 +357,35 @@ async def test_a_client_closes_and_goes(takes: bool, autojump_clock: MockClock) 
         await agent.expect_nothing_more()
 
 
+@pytest.mark.parametrize("extended", [True, False])
+async def test_a_client_ends_its_stream_without_a_close(
+    extended: bool, autojump_clock: MockClock
+) -> None:
+    """It is an orderly end: the service gets all of what was sent, and no reset."""
+    async with serving() as server:
+        agent, client = await server.agent(extended=extended), await server.client()
+        await server.connect(client, agent)
+        sent = pieces(1, 6)
+        agent.pause()
+        client.send(*sent)
+        await settle()
+        client.half_close()
+        assert await client.status() == ("OK", "")
+        assert server.established == 0
+        agent.resume()
+        if extended:
+            await agent.expect(*sent[:3])
+            await agent.expect_nothing_more()
+            agent.send(Credit(1, MIB))
+            await agent.expect(*sent[3:])
+        else:
+            await agent.expect(*sent)
+        await agent.expect(CloseRequest(1))
+        agent.send(CloseResponse("", 1))
+        await agent.expect_nothing_more()
+        assert not server.state.budget.used
+
+
 async def test_the_agent_is_done_with_one_that_waits_for_credit(autojump_clock: MockClock) -> None:
     async with serving() as server:
         agent = await server.agent(extended=True)

@@ -123,9 +123,10 @@ class Frontend(Client):
         for dial in list(self._dials.values()):
             dial.abandon()
         self._dials.clear()
-        # A client that ends its side wants no more of what is queued, so that nothing outlives the call.
+        # A client that ends its side wants no more of what is queued, so that nothing outlives the call. But what it
+        # has sent before is as good as before a CLOSE_REQ: whether the stream is still there says nothing about that.
         for connection in (*self.connections.values(), *self._leaving):
-            if self.call.stream.open:
+            if status is Status.OK:
                 connection.leave()
             else:
                 connection.break_off("the client has gone")
