@@ -476,3 +476,34 @@ async def test_clients_that_leave_much_behind_and_go(autojump_clock: MockClock) 
             resets += [p.payload for p in agent.received if isinstance(p.payload, Reset)]
             agent.received.clear()
         assert resets[-1] == Reset(12, "the service took nothing and the client has gone")
+
+
+async def test_clients_that_leave_much_behind_a_slow_go_agent(autojump_clock: MockClock) -> None:
+    """The same where the agent's stream is what is slow: it takes a little with each dial."""
+    async with serving(total_buffer_bytes=2 * MIB) as server:
+        agent = await server.agent()
+        agent.pause()
+        last: list[Payload | None] = []
+        for number in range(1, 13):
+            client = await server.client()
+            client.send(DialRequest("tcp", "target:80", number))
+            agent.resume()
+            while (packet := await agent.next()) != DialRequest("tcp", "target:80", number):
+                last.append(packet)
+            agent.pause()
+            agent.send(dial_ok(number, number))
+            await client.expect(dial_ok(number, number))
+            client.send(*pieces(number, 20), CloseRequest(number))
+            await settle()
+            client.half_close()
+            await settle()
+            assert server.state.budget.used < 3 * MIB
+        assert server.established == 0
+        agent.resume()
+        await settle()
+        last += [packet.payload for packet in agent.received]
+        agent.received.clear()
+        # Each is closed, those that were given up, too.
+        closed = [packet for packet in last if isinstance(packet, CloseRequest)]
+        assert sorted(packet.connect_id for packet in closed) == list(range(1, 13))
+        assert not server.state.budget.used

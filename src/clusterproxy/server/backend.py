@@ -222,14 +222,15 @@ class Backend:
         """Forget a connection that the agent was asked to close; what it still sends is dropped."""
         if self._remove(connection):
             self._expect_close(connection.connect_id)
-            if self.extended and connection.to_agent.queued:
+            budget = self._state.budget
+            if not connection.to_agent.queued:
+                return
+            if budget.used > budget.total:
+                # No stream's window bounds what clients leave behind that come and go.
+                self._give_up(connection)
+            elif self.extended:
                 self._leaving[connection.connect_id] = connection
-                budget = self._state.budget
-                if budget.used > budget.total:
-                    # No stream's window bounds what clients leave behind that come and go.
-                    self._give_up(connection)
-                else:
-                    self.call.start_soon(self._linger, connection)
+                self.call.start_soon(self._linger, connection)
 
     def drained(self, connection: Connection) -> None:
         """Nothing of a connection waits for the agent any more."""
@@ -248,6 +249,10 @@ class Backend:
     def _give_up(self, connection: Connection) -> None:
         connection.drop_to_agent()
         self.drained(connection)
+        if not self.extended:
+            # What was to ask for it was the last of what is dropped.
+            self.send(CloseRequest(connection.connect_id))
+            return
         self._closing.pop(connection.connect_id, None)
         _remember(self._reset, connection.connect_id)
         self.send(Reset(connection.connect_id, "the service took nothing and the client has gone"))
