@@ -46,6 +46,7 @@ NOT_ALLOWED = (
     b"X-Content-Type-Options: nosniff\r\nContent-Length: 45\r\n%s\r\n"
     b"this proxy only supports CONNECT passthrough\n"
 )
+HEAD_NOT_ALLOWED = NOT_ALLOWED[:-45] % b""
 
 
 def failure(status: str, body: str, *, closed: bool = False) -> bytes:
@@ -306,15 +307,21 @@ async def test_a_long_address(size: int, autojump_clock: MockClock) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"HEAD /a HTTP/1.1\r\nHost: x\r\n\r\n"]
+    ("method", "answer"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", NOT_ALLOWED % b""),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n\r\n", NOT_ALLOWED % b""),
+        # Its client takes what follows the head for the next answer.
+        (b"HEAD /a HTTP/1.1\r\nHost: x\r\n\r\n", HEAD_NOT_ALLOWED),
+    ],
 )
-async def test_other_method(method: bytes, autojump_clock: MockClock) -> None:
+async def test_other_method(method: bytes, answer: bytes, autojump_clock: MockClock) -> None:
     async with serving() as server:
         agent = await server.agent()
         client = await server.http()
         for _ in range(3):
             await client.send_all(method)
-            await exactly(client, NOT_ALLOWED % b"")
+            await exactly(client, answer)
         # The connection is kept.
         await client.send_all(REQUEST)
         dial = await agent.next()
@@ -345,6 +352,10 @@ async def test_a_body_is_no_request(autojump_clock: MockClock) -> None:
     [
         b"GET / HTTP/1.0\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Close\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nConnection: x, Close\r\n\r\n" + REQUEST,
+        # Who is refused at once need not send the body: what follows may be the next request, or not.
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\n"
+        + REQUEST,
         b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + REQUEST,
         b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n" + REQUEST,
     ],

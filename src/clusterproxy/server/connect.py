@@ -148,7 +148,7 @@ class ConnectTunnel(Client):
             if request.method == b"CONNECT":
                 return request.target.decode("ascii"), received
             body = _body_to_skip(request)
-            await self._answer_method(keep=body is not None)
+            await self._answer_method(head=request.method == b"HEAD", keep=body is not None)
 
     async def _skip(self, received: bytes, size: int) -> bytes:
         """Skip a request's body; return what came behind it."""
@@ -191,7 +191,7 @@ class ConnectTunnel(Client):
             await self._answer(_bare(400, "Bad Request"))
         return event
 
-    async def _answer_method(self, *, keep: bool) -> None:
+    async def _answer_method(self, *, head: bool, keep: bool) -> None:
         body = b"this proxy only supports CONNECT passthrough\n"
         lines = [
             b"HTTP/1.1 405 Method Not Allowed",
@@ -201,7 +201,8 @@ class ConnectTunnel(Client):
         ]
         if not keep:
             lines.append(b"Connection: close")
-        data = b"\r\n".join((*lines, b"", body))
+        # An answer to HEAD tells the size of a content that it does not have (RFC 9110 §9.3.2).
+        data = b"\r\n".join((*lines, b"", b"" if head else body))
         if not keep:
             await self._answer(data)
         await self._write(data)
@@ -430,12 +431,19 @@ def _body_to_skip(request: h11.Request) -> int | None:
     size = 0
     if request.http_version != b"1.1":
         return None
+    expects = False
     for name, value in request.headers:
-        if name == b"transfer-encoding" or (name == b"connection" and value.lower() == b"close"):
+        if name == b"transfer-encoding":
             return None
-        if name == b"content-length":
+        if name == b"connection":
+            if b"close" in (option.strip() for option in value.lower().split(b",")):
+                return None
+        elif name == b"content-length":
             size = int(value)
-    return size if size <= _MAX_SKIPPED_BODY else None
+        elif name == b"expect":
+            # With our answer there is no reason any more to send the body, and nobody says whether it comes.
+            expects = True
+    return size if size <= _MAX_SKIPPED_BODY and not (expects and size) else None
 
 
 def _status_of(error: str) -> int:
