@@ -27,7 +27,7 @@ from clusterproxy.kube import review_queue
 from clusterproxy.rpc.channel import start_call
 from clusterproxy.server import app
 from clusterproxy.server.config import ServerConfig
-from clusterproxy.transport.listener import listen_tcp
+from clusterproxy.transport.listener import listen_tcp, listen_unix
 from clusterproxy.transport.stream import Transport, tune
 from clusterproxy.transport.tls import client_context
 from clusterproxy.tunnel.agent_identity import CLUSTER_URI
@@ -311,6 +311,24 @@ async def test_unix_socket(
             assert isinstance(await agent.next(), DialRequest)
             transport.close()
     assert not path.exists()
+
+
+async def test_the_unix_socket_of_the_next_server_stays(
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    """A server that ends, after its grace, does not take away what another one listens on."""
+    path = tmp_path / "proxy.sock"
+    for side in ("cert", "key", "ca_cert"):
+        config[f"server_{side}"] = ""
+    config |= {"uds_name": str(path)}
+    with contextlib.ExitStack() as opened:
+        async with running(config, monkeypatch, tmp_path):
+            opened.enter_context(listen_unix(str(path), delete_existing=True))
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
 
 
 # -- H14, B14: who is let in -----------------------------------------------------------------------

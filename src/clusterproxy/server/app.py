@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 from functools import partial
 from pathlib import Path
@@ -245,13 +246,27 @@ class ProxyServer:
             nursery.cancel_scope.cancel()
 
 
-@contextlib.asynccontextmanager
-async def _unlinked(path: str) -> AsyncGenerator[None]:
+@contextlib.contextmanager
+def _unlinked(path: str) -> Generator[None]:
+    """Remove our Unix socket at the end, but not the one of a server that has taken over meanwhile."""
+    ours = _identity(path)
     try:
         yield
     finally:
-        if path:
-            Path(path).unlink(missing_ok=True)  # noqa: ASYNC240  at the end of the program
+        if ours is not None and _identity(path) == ours:
+            Path(path).unlink(missing_ok=True)
+
+
+def _identity(path: str) -> tuple[int, int, int] | None:
+    """Return what tells a file from a later one of the same path, None if there is none.
+
+    Not the number of the inode alone: that of a file that was removed is given to the next one.
+    """
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 @contextlib.asynccontextmanager
@@ -294,6 +309,7 @@ async def _listen(server: ProxyServer) -> int:
     with contextlib.ExitStack() as opened:
         if config.uds_name:
             client = listen_unix(config.uds_name, delete_existing=config.delete_existing_uds_file)
+            opened.enter_context(_unlinked(config.uds_name))
         else:
             client = listen_tcp(config.server_bind_address, config.server_port, "server-port")
         listeners.append((opened.enter_context(client), server.serve_client))
@@ -313,9 +329,8 @@ async def _listen(server: ProxyServer) -> int:
             ),
         ):
             listeners.append((opened.enter_context(listen_tcp(host, port, flag)), serve))
-        async with _unlinked(config.uds_name):
-            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-                return await _run(server, listeners, signals)
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            return await _run(server, listeners, signals)
 
 
 async def _run(
