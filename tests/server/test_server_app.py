@@ -331,6 +331,28 @@ async def test_the_unix_socket_of_the_next_server_stays(
             client.connect(str(path))
 
 
+@pytest.mark.parametrize(("given", "interval"), [(0.0, 7200.0), (1e-9, 1.0), (90.0, 90.0)])
+async def test_keepalive_times(
+    given: float,
+    interval: float,
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    """As grpc-go reads them: none is no reason to do nothing else."""
+    intervals: list[float] = []
+
+    async def keep_alive(_connections: object, interval_s: float) -> None:
+        intervals.append(interval_s)
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(app, "keep_alive", keep_alive)
+    config |= {"keepalive_time_s": given, "frontend_keepalive_time_s": given}
+    async with running(config, monkeypatch, tmp_path):
+        assert intervals == [interval, interval]
+
+
 # -- H14, B14: who is let in -----------------------------------------------------------------------
 
 

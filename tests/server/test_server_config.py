@@ -288,6 +288,12 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "agent-arrival-timeout",
         "agent-arrival-timeout must be >= 0, got -1s",
     ),
+    ({"keepalive_time_s": -1.0}, "keepalive-time", "keepalive-time must be >= 0, got -1s"),
+    (
+        {"frontend_keepalive_time_s": -1.0},
+        "frontend-keepalive-time",
+        "frontend-keepalive-time must be >= 0, got -1s",
+    ),
     *(
         ({field: 0}, flag, f"{flag} must be > 0, got 0")
         for field, flag in (

@@ -51,12 +51,21 @@ _log = logging.getLogger("clusterproxy.server")
 # How often queues at rest are held against a budget that others have made smaller.
 _LOOK_S: Final = 5.0
 
+# What grpc-go's servers make of no keepalive time, and of a very short one.
+_DEFAULT_KEEPALIVE_S: Final = 2 * 3600.0
+_MIN_KEEPALIVE_S: Final = 1.0
+
 # An agent has one stream on its connection, which carries everything that comes from its cluster.
 _AGENT_STREAMS: Final = 100
 _AGENT_WINDOW: Final = 4 * 1024 * 1024
 
 _PROXY: Final = "/ProxyService/Proxy"
 _CONNECT: Final = "/AgentService/Connect"
+
+
+def _keepalive_s(interval_s: float) -> float:
+    # grpc-go: internal/transport/http2_server.go, NewServerTransport, and server.go, KeepaliveParams.
+    return max(_MIN_KEEPALIVE_S, interval_s) if interval_s else _DEFAULT_KEEPALIVE_S
 
 
 class ProxyServer:
@@ -218,10 +227,11 @@ class ProxyServer:
                 nursery.start_soon(self._client_tls.watch)
             if config.authenticates_agents:
                 nursery.start_soon(end_strangers, self.agents.connections, self.state.pool)
-            nursery.start_soon(keep_alive, self.agents.connections, config.keepalive_time_s)
-            nursery.start_soon(
-                keep_alive, self.frontends.connections, config.frontend_keepalive_time_s
-            )
+            for server, interval_s in (
+                (self.agents, config.keepalive_time_s),
+                (self.frontends, config.frontend_keepalive_time_s),
+            ):
+                nursery.start_soon(keep_alive, server.connections, _keepalive_s(interval_s))
 
     async def _look_at_queues(self) -> None:
         while True:

@@ -49,6 +49,7 @@ class ServerConfig:
     health_port: int = 8092
     health_bind_address: str = ""
     keepalive_time_s: float = 3600.0
+    """0 is grpc-go's default of two hours, for both."""
     frontend_keepalive_time_s: float = 3600.0
     enable_profiling: bool = False
     enable_contention_profiling: bool = False
@@ -145,6 +146,8 @@ class ServerConfig:
             ("graceful-shutdown-timeout", self.graceful_shutdown_timeout_s),
             ("backend-dial-timeout", self.backend_dial_timeout_s),
             ("agent-arrival-timeout", self.agent_arrival_timeout_s),
+            ("keepalive-time", self.keepalive_time_s),
+            ("frontend-keepalive-time", self.frontend_keepalive_time_s),
         ):
             if seconds < 0:
                 raise ConfigError(name, f"{name} must be >= 0, got {format_seconds(seconds)}")
