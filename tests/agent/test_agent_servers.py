@@ -293,6 +293,40 @@ async def test_several_addresses(autojump_clock: MockClock) -> None:
         assert set(servers.sessions) == {"A", "B", "C"}
 
 
+async def test_a_load_balancer_beside_an_address_that_leads_nowhere(
+    autojump_clock: MockClock,
+) -> None:
+    """All servers behind the one are found, and the other is tried in between, and again when it is back."""
+    plan: dict[str, list[str | Exception]] = {"lb": ["A", "B", "C"], "away": [refused()]}
+    async with syncing(plan, count=3) as (_, dialer, servers):
+        await trio.sleep(10)
+        assert set(servers.sessions) == {"A", "B", "C"}
+        hosts = [host for _, host in dialer.attempts]
+        assert hosts[:5] == ["lb", "away", "lb", "away", "lb"]
+        # Now that none is missing the others are left alone.
+        assert set(hosts[5:]) == {"away"}
+        dialer.plan["away"] = ["D"]
+        await trio.sleep(20)
+        assert set(servers.sessions) == {"A", "B", "C", "D"}
+        before = len(dialer.attempts)
+        await trio.sleep(30)
+        assert len(dialer.attempts) == before
+
+
+async def test_who_is_asked_in_vain_is_asked_seldom(autojump_clock: MockClock) -> None:
+    """Nobody knows whether the missing server is the one that is away: duplicates are paid for with patience."""
+    plan: dict[str, list[str | Exception]] = {"a": ["A"], "b": [refused()], "c": ["C"]}
+    async with syncing(plan, count=3) as (_, dialer, servers):
+        await trio.sleep(600)
+        assert set(servers.sessions) == {"A", "C"}
+        hosts = [host for time, host in dialer.attempts if time > 60]
+        assert hosts.count("b") == pytest.approx(54, abs=1)
+        assert hosts.count("a") == pytest.approx(27, abs=1)
+        assert hosts.count("c") == pytest.approx(27, abs=1)
+        pauses = [b - a for a, b in zip(dialer.times, dialer.times[1:], strict=False)]
+        assert min(pauses) >= 1
+
+
 async def test_two_addresses_of_one_server(autojump_clock: MockClock) -> None:
     async with syncing({"a": ["A"], "b": ["A"]}) as (_, dialer, servers):
         await trio.sleep(30)

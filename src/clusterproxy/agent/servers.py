@@ -60,7 +60,8 @@ class Servers:
 
     Each attempt goes to the next address that is not known to lead to a server that is connected
     already. With one address that is a load balancer, which is asked until as many different servers
-    have answered as there are.
+    have answered as there are. With several each may be one: while servers are missing, and an attempt at an
+    address that leads nowhere has failed, one of the others is asked as well.
 
     A server that announces its end is counted no more: another one is looked for at once, while its session
     goes on with what is open. Of those through one address only so many are kept, for some go-between may
@@ -121,6 +122,16 @@ class Servers:
                         wait = config.sync_interval_s
                         continue
                     pause -= config.sync_interval_s
+                elif self._beside():
+                    await self._pause(config.sync_interval_s * _jitter())
+                    known = set(self.sessions)
+                    other = self._turn(self._beside())
+                    if other is not None:
+                        await self._connect(other, nursery)
+                    pause = max(config.sync_interval_s, pause - config.sync_interval_s)
+                    if not known >= set(self.sessions):
+                        # More may be there where one was found.
+                        wait = pause = config.sync_interval_s
                 wait = min(wait * _BACKOFF, config.sync_interval_cap_s)
                 await self._pause(pause * _jitter())
 
@@ -170,7 +181,23 @@ class Servers:
         missing = len(self.sessions) < self._wanted()
         if not fresh and not missing and not self._state.config.sync_forever:
             return None
-        possible = [address for address in fresh or self._addresses if not self._full(address)]
+        return self._turn(fresh or self._addresses)
+
+    def _beside(self) -> list[tuple[str, int]]:
+        """Return the addresses to ask for more servers after another one has failed.
+
+        They lead to servers that are connected. But there may be others behind them, and an address that leads nowhere
+        must not keep us from these.
+        """
+        if self.draining or len(self.sessions) >= self._wanted():
+            return []
+        return [
+            address for address in self._addresses if self._leads_to.get(address) in self.sessions
+        ]
+
+    def _turn(self, addresses: list[tuple[str, int]]) -> tuple[str, int] | None:
+        """Return the one of the addresses whose turn it is, None if there is room for none."""
+        possible = [address for address in addresses if not self._full(address)]
         if not possible:
             return None
         chosen = possible[0]
