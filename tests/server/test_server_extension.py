@@ -358,6 +358,46 @@ async def test_a_client_closes_and_goes(takes: bool, autojump_clock: MockClock) 
 
 
 @pytest.mark.parametrize("extended", [True, False])
+@pytest.mark.parametrize("takes", [True, False])
+@pytest.mark.parametrize("told_of_an_end", [True, False])
+async def test_an_http_client_closes_while_what_it_sent_waits(
+    told_of_an_end: bool, takes: bool, extended: bool, autojump_clock: MockClock
+) -> None:
+    """On a Unix socket, of which the server knows that nobody reads it any more."""
+    async with serving() as server:
+        agent = await server.agent(extended=extended)
+        client = await http(server, agent)
+        if told_of_an_end and extended:
+            agent.send(HalfClose(1))
+            await ended(client)
+        if not extended:
+            agent.pause()
+        sent = bytes(400_000)
+        with trio.move_on_after(1):
+            await client.send_all(sent)
+        await client.aclose()
+        if takes:
+            await trio.sleep(110)
+            if extended:
+                agent.send(Credit(1, MIB))
+            else:
+                agent.resume()
+            await settle()
+            packets = [packet.payload for packet in agent.received]
+            assert sum(len(packet.data) for packet in packets if isinstance(packet, Data)) > 200_000
+            assert packets[-1] in (HalfClose(1), CloseRequest(1))
+            agent.send(CloseResponse("", 1))
+        else:
+            await trio.sleep(130)
+        await settle()
+        assert server.established == 0
+        assert value(server.metrics.http_connections) == 0
+        assert not server.state.budget.used
+        if not takes and extended:
+            assert agent.received[-1].payload == Reset(1, GONE)
+
+
+@pytest.mark.parametrize("extended", [True, False])
 async def test_a_client_ends_its_stream_without_a_close(
     extended: bool, autojump_clock: MockClock
 ) -> None:

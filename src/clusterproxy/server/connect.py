@@ -47,6 +47,10 @@ _LOOK_S: Final = 0.01
 # How often the kernel is asked whether a client is still there that is not read.
 _GONE_S: Final = 5.0
 
+# How long a service may take nothing of what a client has left that has closed its Unix socket. Of one that has closed a
+# TCP socket the kernel tells after a minute or two that it is gone.
+_PARTED_S: Final = 120.0
+
 # The same, for one that waits for its dial: ours resets the connection when it gives up.
 _DIAL_LOOK_S: Final = 0.5
 
@@ -341,6 +345,11 @@ class ConnectTunnel(Client):
         if self._transport.gone:
             raise trio.BrokenResourceError("the client has gone")
 
+    @property
+    def parted(self) -> bool:
+        """Whether it is known that the client has said all, and can be told nothing more."""
+        return self._transport.both_ended
+
     def agent_ended(self) -> None:
         """The service sends no more: neither do we, once all is with the client."""
         self.sink.finish(self._transport.send_eof)
@@ -382,14 +391,20 @@ class ConnectConnection(Connection):
         """Wait while anything of the client waits for the agent: its socket can hold the rest.
 
         Raises:
-          trio.BrokenResourceError: the client has gone meanwhile.
+          trio.BrokenResourceError: the client has gone meanwhile. If it has closed in order, what it sent is delivered
+            for as long as the service takes some of it.
         """
+        taken, since = self.to_agent.taken, trio.current_time()
         while self.to_agent.queued:
             self._room = trio.Event()
             with trio.move_on_after(_GONE_S) as look:
                 await self._room.wait()
             if look.cancelled_caught:
                 self._tunnel.check_client()
+                if taken != self.to_agent.taken or not self._tunnel.parted:
+                    taken, since = self.to_agent.taken, trio.current_time()
+                elif trio.current_time() - since >= _PARTED_S:
+                    raise trio.BrokenResourceError("the client has gone")
 
     def _release(self, size: int) -> None:
         if not self.to_agent.queued:

@@ -189,8 +189,12 @@ class Transport:
     def hung_up(self) -> bool:
         """Whether the peer of a Unix socket has closed it: what it sent can be read, it reads no more."""
         # The kernel says the same if both sides have shut down.
-        unix = self.sock.family == socket.AF_UNIX
-        return unix and not self._eof_sent and bool(self._poll() & select.POLLHUP)
+        return not self._eof_sent and self.both_ended
+
+    @property
+    def both_ended(self) -> bool:
+        """Whether nothing more can be said on a Unix socket, either way; what the peer sent can be read."""
+        return self.sock.family == socket.AF_UNIX and bool(self._poll() & select.POLLHUP)
 
     @property
     def closed(self) -> bool:
