@@ -161,6 +161,13 @@ async def test_packets_fit_the_buffers_of_go(autojump_clock: MockClock) -> None:
         (b"CONNECT a:1 HTTP/1.1\r\nHost: b:2\r\n\r\n", "a:1"),
         (b"CONNECT a:1 HTTP/1.1\nhost: b\n\n", "a:1"),
         (b"CONNECT [::1]:80 HTTP/1.1\r\nProxy-Connection: x\r\nUser-Agent: y\r\n\r\n", "[::1]:80"),
+        # What Go's net/url makes of a target.
+        (b"CONNECT [fe80::1%25eth0]:80 HTTP/1.1\r\n\r\n", "[fe80::1%eth0]:80"),
+        (b"CONNECT u:p@a:1 HTTP/1.1\r\n\r\n", "a:1"),
+        (b"CONNECT a:1/x?y HTTP/1.1\r\n\r\n", "a:1"),
+        (b"CONNECT a_b.c:1 HTTP/1.1\r\n\r\n", "a_b.c:1"),
+        (b"CONNECT ::1:80 HTTP/1.1\r\n\r\n", "::1:80"),
+        (b"CONNECT a HTTP/1.1\r\n\r\n", "a"),
     ],
 )
 async def test_requests(request_: bytes, address: str, autojump_clock: MockClock) -> None:
@@ -386,6 +393,14 @@ async def test_end_in_a_body(autojump_clock: MockClock) -> None:
         b"CONNECT a:1\r\n\r\n",
         b"CONNECT a:1 HTTP/1.1\r\nHost x\r\n\r\n",
         b"CONNECT \xff:1 HTTP/1.1\r\n\r\n",
+        b"CONNECT a:b HTTP/1.1\r\n\r\n",
+        b"CONNECT a:-1 HTTP/1.1\r\n\r\n",
+        b"CONNECT a:1#x HTTP/1.1\r\n\r\n",
+        b"CONNECT [::1 HTTP/1.1\r\n\r\n",
+        b"CONNECT [name]:1 HTTP/1.1\r\n\r\n",
+        b"CONNECT [fe80::1%eth0]:1 HTTP/1.1\r\n\r\n",
+        b"CONNECT a%00:1 HTTP/1.1\r\n\r\n",
+        b"CONNECT / HTTP/1.1\r\nHost: a:1\r\n\r\n",
         b"GET / HTTP/1.1\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
         b"\r\n\r\n",

@@ -68,6 +68,15 @@ _PLAIN: Final = "text/plain; charset=utf-8"
 _HOST: Final = re.compile(rb"\r?\nhost[ \t]*:", re.IGNORECASE)
 _HEAD_END: Final = re.compile(rb"\r?\n\r?\n")
 
+# An authority as Go's net/url reads it: user information, then an address in brackets with or without a zone (RFC 6874),
+# or whatever may be a name; behind the last colon is a port.
+_NAME: Final = rb"-A-Za-z0-9._~!$&'()*+,;=<>\"\[\]"
+_TARGET: Final = re.compile(
+    rb"(?:[^@/?]*@)?"
+    rb"(?P<host>\[[0-9A-Fa-f:.]+(?:%%25[-A-Za-z0-9._~]+)?\]|(?!\[)(?:[%b:]*(?=:[0-9]*(?:[/?]|\Z))|[%b]*))"
+    rb"(?P<port>:[0-9]*)?(?:[/?].*)?" % (_NAME, _NAME)
+)
+
 
 class _Refused(Exception):
     """The request is answered, and the connection is not kept."""
@@ -150,7 +159,10 @@ class ConnectTunnel(Client):
                 raise _Refused
             request = await self._parse(head)
             if request.method == b"CONNECT":
-                return request.target.decode("ascii"), received
+                address = _address(request.target)
+                if not address:
+                    await self._answer(_bare(400, "Bad Request"))
+                return address, received
             body = _body_to_skip(request)
             await self._answer_method(head=request.method == b"HEAD", keep=body is not None)
 
@@ -439,6 +451,14 @@ class ConnectConnection(Connection):
 
     def _spawn(self, function: Callable[..., Awaitable[None]], /, *args: object) -> None:
         self._tunnel.spawn(function, *args)
+
+
+def _address(target: bytes) -> str:
+    """Return what a CONNECT request wants to be dialled, nothing if it cannot be told (RFC 9110 §9.3.6)."""
+    found = _TARGET.fullmatch(target)
+    if found is None:
+        return ""
+    return (found["host"].replace(b"%25", b"%") + (found["port"] or b"")).decode("ascii")
 
 
 def _body_to_skip(request: h11.Request) -> int | None:
