@@ -629,6 +629,44 @@ async def test_graceful_shutdown(
         assert program.status == 0
 
 
+async def test_shutdown_with_http_clients_that_ask_for_nothing(
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    """They are not waited for, but those that ask in a moment, or are about to, are served."""
+    config["mode"] = "http-connect"
+    async with running(config, monkeypatch, tmp_path) as program:
+        agent = await program.agent()
+        with contextlib.ExitStack() as opened:
+            idle, slow, quick = [
+                opened.enter_context(contextlib.closing(await program.transport("server-port", [])))
+                for _ in range(3)
+            ]
+            slow.send([REQUEST[:10]])
+            await settle()
+            signal.raise_signal(signal.SIGTERM)
+            await trio.sleep(0.5)
+            begin = trio.current_time()
+            quick.send([REQUEST])
+            dials = [await agent.next()]
+            with trio.fail_after(2):
+                assert not await idle.receive()
+            slow.send([REQUEST[10:]])
+            dials.append(await agent.next())
+            for connect_id, dial in enumerate(dials, 1):
+                assert isinstance(dial, DialRequest)
+                agent.send(dial_ok(connect_id, dial.random), CloseResponse("", connect_id))
+            for client in (quick, slow):
+                assert bytes(await client.receive()) == ESTABLISHED
+                assert not await client.receive()
+        with trio.fail_after(2):
+            await program.stopped.wait()
+        assert trio.current_time() - begin < 5
+        assert program.status == 0
+
+
 async def test_the_end_of_the_grace(
     config: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,

@@ -8,7 +8,7 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Never
 
 import attrs
 import trio
@@ -50,6 +50,9 @@ _log = logging.getLogger("clusterproxy.server")
 
 # How often queues at rest are held against a budget that others have made smaller.
 _LOOK_S: Final = 5.0
+
+# At the end of a server: who has just connected is about to ask for something.
+_IDLE_S: Final = 1.0
 
 # What grpc-go's servers make of no keepalive time, and of a very short one.
 _DEFAULT_KEEPALIVE_S: Final = 2 * 3600.0
@@ -119,6 +122,7 @@ class ProxyServer:
         )
         self.draining = False
         self._clients = 0
+        self._tunnels: set[ConnectTunnel] = set()
         self._idle = trio.Event()
         self._handshakes = Handshakes(
             config.max_handshakes,
@@ -203,7 +207,12 @@ class ProxyServer:
             elif self.config.mode == "grpc":
                 await self._serve_rpc(self.frontends, transport)
             else:
-                await ConnectTunnel(self.state, transport).run()
+                tunnel = ConnectTunnel(self.state, transport)
+                self._tunnels.add(tunnel)
+                try:
+                    await tunnel.run()
+                finally:
+                    self._tunnels.discard(tunnel)
 
     @contextlib.contextmanager
     def _counted(self) -> Generator[None]:
@@ -252,8 +261,17 @@ class ProxyServer:
                 self.frontends.connections,
                 self.config.graceful_shutdown_timeout_s,
             )
+            nursery.start_soon(self._part_from_idle)
             await self._idle.wait()
             nursery.cancel_scope.cancel()
+
+    async def _part_from_idle(self) -> Never:
+        """End connections without a request, as GOAWAY does for gRPC: HTTP/1.1 has no word for it."""
+        await trio.sleep(_IDLE_S)
+        while True:
+            for tunnel in list(self._tunnels):
+                tunnel.part_from_idle(_IDLE_S)
+            await trio.sleep(_IDLE_S / 4)
 
 
 @contextlib.contextmanager

@@ -96,6 +96,8 @@ class ConnectTunnel(Client):
         self._over = trio.Event()
         self._broken_by_agent = False
         self._reading: trio.CancelScope | None = None
+        # Since when no request has begun, if none has.
+        self._idle_since: float | None = None
         self.sink = ByteSink(transport, self.spawn, self._broken)
 
     async def run(self) -> None:
@@ -166,6 +168,11 @@ class ConnectTunnel(Client):
             body = _body_to_skip(request)
             await self._answer_method(head=request.method == b"HEAD", keep=body is not None)
 
+    def part_from_idle(self, patience_s: float) -> None:
+        """End the connection if for so long its client has begun no request."""
+        if self._idle_since is not None and trio.current_time() - self._idle_since >= patience_s:
+            self._transport.close()
+
     async def _skip(self, received: bytes, size: int) -> bytes:
         """Skip a request's body; return what came behind it."""
         while len(received) < size:
@@ -185,7 +192,10 @@ class ConnectTunnel(Client):
                 await self._answer(_bare(431, "Request Header Fields Too Large"))
             # An end may have begun in the last three bytes.
             searched = max(0, len(received) - 3)
+            if not received:
+                self._idle_since = trio.current_time()
             view = await self._transport.receive()
+            self._idle_since = None
             if not view:
                 if received:
                     await self._answer(_bare(400, "Bad Request"))
