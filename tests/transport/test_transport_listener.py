@@ -72,6 +72,21 @@ def test_listen_on_a_name() -> None:
 
 
 @needs_ipv6
+def test_a_name_with_addresses_of_both_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Go's net.Listen: kubectl's port-forward and the like know 127.0.0.1."""
+
+    def getaddrinfo(_host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+        return [
+            (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0)),
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)),
+        ]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with listen_tcp("localhost", 0, "admin-port") as listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
+
+
+@needs_ipv6
 def test_no_host_is_all_addresses() -> None:
     with listen_tcp("", 0, "server-port") as listener:
         port = listener.getsockname()[1]

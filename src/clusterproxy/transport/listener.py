@@ -47,9 +47,10 @@ def listen_tcp(host: str, port: int, flag: str) -> socket.socket:
     try:
         if not host:
             return _listen_everywhere(port)
-        family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # As Go, which listens on the first IPv4 address of a name, if it has one: libc puts ::1 in front for "localhost".
+        ipv4 = [entry for entry in found if entry[0] == socket.AF_INET]
+        family, _, _, _, address = (ipv4 or found)[0]
         return _listen(family, address)
     except (OSError, OverflowError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
