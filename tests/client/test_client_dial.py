@@ -22,7 +22,7 @@ from clusterproxy import (
 from clusterproxy.grpc import Status
 from clusterproxy.http2.limits import Http2Limits
 from clusterproxy.rpc.server import RpcServer
-from clusterproxy_proto import CloseDial, CloseRequest, Data, DialRequest, DialResponse
+from clusterproxy_proto import CloseDial, CloseRequest, Data, DialRequest, DialResponse, Packet
 
 
 async def test_first_packet_and_states() -> None:
@@ -154,6 +154,44 @@ async def test_cancelled_in_the_moment_of_the_answer() -> None:
         if dial.stream is None:
             assert world.states == {}
             assert world.peer.closed_with is not None or world.peer.half_closed
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("answer", ["refused", "taken back"])
+async def test_cancelled_in_the_moment_of_a_refusal(
+    answer: str, late: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """C09: whichever comes first, the call is ended once, and nobody hears of anything but the cancellation."""
+    async with scripted() as world:
+        dial, request = await world.start_dial()
+        peer = world.peer
+        packet = (
+            DialResponse(error="connection refused", random=request.random)
+            if answer == "refused"
+            else CloseDial(request.random)
+        )
+        if late:
+            # It crosses what the client says.
+            peer.call.on_half_close = lambda: None
+            dial.scope.cancel()
+            await settle()
+            peer.send(packet)
+        else:
+            (call,) = world.tunnel._calls  # type: ignore[attr-defined]
+            # The task has been told of its cancellation, and does not run before the answer is read.
+            dial.scope.cancel()
+            call._on_packet(Packet.of(packet))
+        await settle()
+        assert dial.error is None
+        assert dial.scope.cancelled_caught
+        peer.finish()
+        await settle()
+        assert world.states == {}
+        assert world.failures == {"context": 1}
+        assert not caplog.records
+        # The connection is as good as before.
+        await world.connect()
+        assert len(world.connector.transports) == 1
 
 
 @pytest.mark.parametrize(

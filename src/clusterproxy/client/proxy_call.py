@@ -120,6 +120,9 @@ class ProxyCall:
             # Answered in the same moment.
             self._stream.abort()
             return
+        if self._answered.is_set():
+            # Refused in the same moment, which has ended our side: nothing more can be said.
+            return
         self._send(CloseDial(self._random))
         if self._call.stream.waiting:
             self._call.cancel()
@@ -207,7 +210,7 @@ class ProxyCall:
             self._send(CloseRequest(connect_id))
 
     def _on_dial_response(self, response: DialResponse) -> None:
-        if response.random != self._random or self._answered.is_set():
+        if response.random != self._random or self._answered.is_set() or self._given_up:
             # As upstream: a dial that was given up, or a second answer.
             self._call.cancel()
         elif response.error or not response.connect_id:
@@ -235,7 +238,7 @@ class ProxyCall:
         self._answered.set()
 
     def _on_dial_closed(self, closed: CloseDial) -> None:
-        if closed.random == self._random and not self._answered.is_set():
+        if closed.random == self._random and not (self._answered.is_set() or self._given_up):
             self._fail(
                 DialError(
                     DialReason.DIAL_CLOSED,
