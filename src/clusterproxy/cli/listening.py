@@ -66,18 +66,21 @@ def listening(address: ListenAddress) -> Generator[socket.socket]:
     Raises:
       Failure: it cannot be used; the message says why.
     """
-    try:
-        if not address.path:
-            with listen_tcp(address.host, address.port, "listen") as sock:
-                yield sock
-            return
-        _remove_left_over(address.path)
-        with listen_unix(address.path, delete_existing=False) as sock:
-            try:
-                yield sock
-            finally:
+    with _opened(address) as sock:
+        try:
+            yield sock
+        finally:
+            if address.path:
                 with contextlib.suppress(OSError):
                     Path(address.path).unlink()
+
+
+def _opened(address: ListenAddress) -> socket.socket:
+    try:
+        if not address.path:
+            return listen_tcp(address.host, address.port, "listen")
+        _remove_left_over(address.path)
+        return listen_unix(address.path, delete_existing=False)
     except ConfigError as error:
         text = error.message.removeprefix(f"--{error.field}: ")
         advice = "" if address.path else " (port 0 takes a free one)"

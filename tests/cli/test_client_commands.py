@@ -1,0 +1,48 @@
+"""What the commands for people say about wrong options, where no server is needed to tell."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from click.testing import CliRunner
+
+from clusterproxy.cli.main import main
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def complaint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Complaint:
+    for name in ("SERVER", "MODE", "CA_CERT", "CERT", "KEY", "SERVER_NAME", "TIMEOUT", "CONFIG"):
+        monkeypatch.delenv(f"CLUSTERPROXY_{name}", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    return Complaint(tmp_path)
+
+
+class Complaint:
+    """Runs a command that cannot go on, and returns its exit status and last line."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __call__(self, *arguments: str) -> tuple[int, str]:
+        result = CliRunner().invoke(main, arguments)
+        assert isinstance(result.exception, SystemExit), result.exception
+        return result.exit_code, result.output.splitlines()[-1].removeprefix("Error: ")
+
+
+@pytest.mark.parametrize("command", [("forward", "cluster1:80"), ("socks",), ("http-proxy",)])
+def test_listeners_name_the_file_that_cannot_be_used(
+    complaint: Complaint, command: tuple[str, ...]
+) -> None:
+    path = complaint.directory / "local.sock"
+    listening = (*command, f"--listen=unix:{path}")
+    status, text = complaint(*listening, "--server=hub:8090", "--ca-cert=/nowhere.pem")
+    assert status == 2
+    assert text == "--ca-cert: CA certificates /nowhere.pem: No such file or directory"
+    status, text = complaint(*listening, "--server=hub")
+    assert status == 2
+    assert text == "--server: 'hub' is no server: HOST:PORT or unix:///PATH is needed"
+    assert not path.exists()
