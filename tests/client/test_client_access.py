@@ -252,8 +252,9 @@ async def test_nobody_listens() -> None:
     assert "is it running there?" in str(error)
 
 
-async def test_no_such_host() -> None:
-    error = await error_of("hub.invalid:8090", None)
+@pytest.mark.parametrize("name", ["hub.invalid", "hub..invalid", f"{'h' * 64}.invalid", "."])
+async def test_no_such_host(name: str) -> None:
+    error = await error_of(f"{name}:8090", None)
     assert error.cause is ConnectCause.DNS
     assert "no such host" in str(error)
 
@@ -273,6 +274,8 @@ async def test_files_that_cannot_be_used(files: Files, tmp_path: Path) -> None:
         (ClientTLS(ca_cert=tmp_path / "none"), "ca"),
         (ClientTLS(ca_cert=files.ca, cert=tmp_path / "none", key=files.client[1]), "cert"),
         (ClientTLS(ca_cert=files.ca, cert=files.client[0], key=files.server[1]), "key"),
+        (ClientTLS(ca_cert=files.ca, server_name="hub..example"), "server-name"),
+        (ClientTLS(ca_cert=files.ca, server_name=".example"), "server-name"),
     ):
         with pytest.raises(ConfigError) as caught:
             async with open_tunnel("hub:1", tls=tls):

@@ -343,3 +343,11 @@ def test_a_client_certificate_without_a_key(files: Files) -> None:
     with pytest.raises(ConfigError) as caught:
         client_context(ca=files.ca, cert=files.cert, key=None, alpn=[])
     assert caught.value.field == "key"
+    assert caught.value.message == f"certificate {files.cert}: is there without its private key"
+
+
+def test_a_clients_key_without_a_certificate(files: Files) -> None:
+    with pytest.raises(ConfigError) as caught:
+        client_context(ca=files.ca, cert=None, key=files.key, alpn=[])
+    assert caught.value.field == "cert"
+    assert caught.value.message == f"private key {files.key}: is there without its certificate"

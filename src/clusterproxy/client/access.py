@@ -100,11 +100,20 @@ def _contexts_of(tls: ClientTLS, alpn: Sequence[str]) -> ReloadingContext:
     return contexts
 
 
+def _checked_name(name: str) -> str:
+    try:
+        # As the ssl module does it, in the middle of a connection.
+        name.encode("idna")
+    except UnicodeError as error:
+        raise ConfigError("server-name", f"{name!r} is no name of a host") from error
+    return name
+
+
 class Credentials:
     """Makes the TLS contexts of one tunnel's connections.
 
     Raises:
-      ConfigError: a file cannot be used.
+      ConfigError: a file or the server's name cannot be used.
     """
 
     def __init__(
@@ -117,7 +126,8 @@ class Credentials:
             self._own: ssl.SSLContext | None = tls
             return
         self._own = None
-        self.server_name = tls.server_name or self.server_name
+        if tls.server_name:
+            self.server_name = _checked_name(tls.server_name)
         self._files = _contexts_of(tls, alpn)
 
     def current(self) -> ssl.SSLContext:

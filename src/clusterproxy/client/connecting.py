@@ -31,6 +31,10 @@ async def connect(
             sock = await _connect_socket(server)
         except OSError as error:
             raise failed_connect(server, error) from error
+        except UnicodeError as error:
+            # A part of the name is empty, or longer than DNS has them: nobody is asked.
+            missing = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+            raise failed_connect(server, missing) from error
         tune(sock, user_timeout=user_timeout)
         context = None if credentials is None else credentials.current()
         name = None if credentials is None else credentials.server_name

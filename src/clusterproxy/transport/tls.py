@@ -139,6 +139,10 @@ def _set_cipher_suites(context: ssl.SSLContext, names: Sequence[str]) -> None:
 
 
 def _load_pair(context: ssl.SSLContext, cert: str, key: str) -> None:
+    if not cert:
+        raise ConfigError("cert", f"private key {key}: is there without its certificate")
+    if not key:
+        raise ConfigError("key", f"certificate {cert}: is there without its private key")
     if b"-----BEGIN CERTIFICATE-----" not in _read("cert", cert, "certificate"):
         raise ConfigError("cert", f"certificate {cert}: no certificate in PEM form in it")
     key_pem = _read("key", key, "private key")
