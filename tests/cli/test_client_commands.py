@@ -46,3 +46,24 @@ def test_listeners_name_the_file_that_cannot_be_used(
     assert status == 2
     assert text == "--server: 'hub' is no server: HOST:PORT or unix:///PATH is needed"
     assert not path.exists()
+
+
+@pytest.mark.parametrize("value", ["nan", "-nan", "0", "-1"])
+def test_timeouts_that_are_none(complaint: Complaint, value: str) -> None:
+    status, text = complaint("dial", "cluster1:80", "--server=hub:8090", f"--timeout={value}")
+    assert status == 2
+    assert text.startswith("Invalid value for '--timeout'")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e300", "0"])
+def test_intervals_that_are_none(complaint: Complaint, value: str) -> None:
+    status, text = complaint("status", "--admin=hub:8095", f"--interval={value}")
+    assert status == 2
+    assert text.startswith("Invalid value for '--interval'")
+
+
+@pytest.mark.parametrize("address", ["[::1", "hub:65536", "hub:admin"])
+def test_admin_ports_that_are_none(complaint: Complaint, address: str) -> None:
+    status, text = complaint("status", f"--admin={address}")
+    assert status == 3
+    assert text.startswith(f"admin port {address} of the proxy server: ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, TypeVar, cast
@@ -41,6 +42,13 @@ class ServerAccess:
     key: str
     server_name: str
     timeout_s: float
+
+
+def no_nan(_context: click.Context, _option: click.Parameter, value: float) -> float:
+    """Return an option's value; NaN is within all bounds, for no comparison finds it outside."""
+    if math.isnan(value):
+        raise click.BadParameter("nan is no number of seconds")
+    return value
 
 
 class NoServerError(click.UsageError):
@@ -96,6 +104,7 @@ def connection_options(command: _C) -> _C:
             "timeout",
             "For reaching the server, and again for each dial.",
             type=click.FloatRange(min=0, min_open=True),
+            callback=no_nan,
             default=30.0,
             show_default=True,
             metavar="SECONDS",

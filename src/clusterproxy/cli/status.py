@@ -17,6 +17,7 @@ from .connection_options import (
     context_options,
     context_values,
     environment_option,
+    no_nan,
 )
 from .outcome import UNREACHABLE, Failure, plain
 
@@ -40,8 +41,8 @@ def fetch(admin: str) -> Document:
     Raises:
       Failure: the admin port does not answer, or answers with something else.
     """
-    url = urlsplit(admin if "://" in admin else f"http://{admin}")
     try:
+        url = urlsplit(admin if "://" in admin else f"http://{admin}")
         connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=_TIMEOUT_S)
         try:
             connection.request("GET", "/status")
@@ -235,7 +236,8 @@ reach it. For one in Kubernetes: kubectl port-forward pod/SERVER 8095.""",
 @click.option("--once", is_flag=True, help="Print the tables once.")
 @click.option(
     "--interval",
-    type=click.FloatRange(min=0.1),
+    type=click.FloatRange(min=0.1, max=3600),
+    callback=no_nan,
     default=1.0,
     show_default=True,
     help="Seconds between two looks, of which rates come.",
