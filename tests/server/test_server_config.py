@@ -307,6 +307,13 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
             ("total_buffer_bytes", "total-buffer-size"),
         )
     ),
+    *(
+        ({field: 2**32}, flag, f"{flag} must be <= 4294967295, got 4294967296")
+        for field, flag in (
+            ("max_concurrent_streams", "max-concurrent-streams"),
+            ("max_header_list_bytes", "max-header-list-size"),
+        )
+    ),
     ({"stall_timeout_s": 0.0}, "stall-timeout", "stall-timeout must be > 0, got 0s"),
     ({"half_close_linger_s": -1.0}, "half-close-linger", "half-close-linger must be >= 0, got -1s"),
 ]

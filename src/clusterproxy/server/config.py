@@ -21,6 +21,7 @@ _TLS_BELOW_12: Final = ("VersionTLS10", "VersionTLS11")
 # The registered ports: those below need rights, those above are handed out to clients.
 _FIRST_PORT: Final = 1024
 _LAST_PORT: Final = 49151
+_LARGEST_SETTING: Final = 2**32 - 1
 
 
 def _new_id() -> str:
@@ -296,6 +297,13 @@ class ServerConfig:
         ):
             if value <= 0:
                 raise ConfigError(name, f"{name} must be > 0, got {value}")
+        for name, value in (
+            ("max-concurrent-streams", self.max_concurrent_streams),
+            ("max-header-list-size", self.max_header_list_bytes),
+        ):
+            # Peers are told, and a setting has 32 bits (RFC 9113, section 6.5.1).
+            if value > _LARGEST_SETTING:
+                raise ConfigError(name, f"{name} must be <= {_LARGEST_SETTING}, got {value}")
         if self.stall_timeout_s <= 0:
             raise ConfigError(
                 "stall-timeout",
