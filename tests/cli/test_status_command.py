@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from clusterproxy.cli.status import add_rates, draw
+from clusterproxy.cli.status import add_rates, draw, fitting
 
 
 def connection(number: int, **figures: Any) -> dict[str, Any]:
@@ -107,6 +107,86 @@ def test_tables_show_stalled_ones_first_and_how_many_are_left_out() -> None:
     assert "3.0 kB/s" in rows[1]
     assert "and 3 more" in lines[-1]
     assert "more" not in drawn(now)
+
+
+def busy(agents: int, connections: int) -> dict[str, Any]:
+    """A hub's server: names as Open Cluster Management gives them, and one connection that stalls."""
+    names = [f"cluster-{number:048x}.open-cluster-management.proxy" for number in range(agents)]
+
+    def at(uptime: float, moved: int) -> dict[str, Any]:
+        made = document(
+            uptime,
+            *(
+                connection(
+                    number,
+                    agent=f"proxy-agent-{number % agents}",
+                    destination=f"{names[number % agents]}:7443",
+                    bytes_to_client=moved if number else 9_000_000,
+                    queued_to_client=16_777_216,
+                )
+                for number in range(connections)
+            ),
+        )
+        made["agents"] = [
+            {"id": f"proxy-agent-{number}", "identifiers": [f"host={name}", f"host=cluster{number}"],
+             "age_s": 30.0, "connections": 1, "draining": False}
+            for number, name in enumerate(names)
+        ]  # fmt: skip
+        made["totals"]["agents"] = agents
+        return made
+
+    before, now = at(1, 1_000_000), at(2, 3_000_000)
+    add_rates(before, now)
+    return now
+
+
+def on_terminal(shown: dict[str, Any], width: int, height: int) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, height=height, color_system=None)
+    console.print(fitting(shown, console))
+    text = console.file
+    assert isinstance(text, io.StringIO)
+    return text.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("width", [80, 100, 132, 200])
+def test_names_are_cut_and_figures_are_not(width: int) -> None:
+    lines = on_terminal(busy(2, 3), width, 40)
+    assert max(map(len, lines)) <= width
+    rows = [line for line in lines if "16.8 MB" in line]
+    assert len(rows) == 3
+    assert all("cluster-" in row and "0 bytes/s" in row for row in rows)
+    assert rows[0].rstrip().endswith("stalled")
+    assert ["9.0 MB" in row for row in rows] == [True, False, False]
+    assert ["2.0 MB/s" in row for row in rows] == [False, True, True]
+    agents = [line.split() for line in lines if "host=" in line]
+    assert [row[-5] for row in agents] == ["1", "1"], "the number of connections"
+    assert [row[-2] for row in agents] == ["2.0", "2.0"], "the rate to clients"
+
+
+def test_without_a_terminal_nothing_is_cut() -> None:
+    text = drawn(busy(2, 3), width=100_000)
+    assert "…" not in text
+    assert f"host=cluster-{1:048x}.open-cluster-management.proxy host=cluster1" in text
+
+
+@pytest.mark.parametrize("height", [24, 50])
+def test_many_agents_leave_lines_to_connections(height: int) -> None:
+    lines = on_terminal(busy(60, 90), 80, height)
+    assert len(lines) <= height
+    agents, connections = (
+        [line for line in lines if sign in line] for sign in ("host=", "16.8 MB")
+    )
+    assert connections[0].rstrip().endswith("stalled")
+    assert min(len(agents), len(connections)) >= (height - 12) // 2
+    more = [line.strip() for line in lines if "more" in line]
+    assert more == [f"and {60 - len(agents)} more", f"and {90 - len(connections)} more"]
+
+
+def test_few_connections_leave_lines_to_agents() -> None:
+    lines = on_terminal(busy(60, 2), 80, 24)
+    assert len(lines) <= 24
+    assert sum("host=" in line for line in lines) == 11
+    assert sum("16.8 MB" in line for line in lines) == 2
 
 
 def test_texts_of_peers_do_no_harm() -> None:

@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final, Never, Unpack
 from urllib.parse import urlsplit
 
+import attrs
 import click
 
 from .connection_options import (
@@ -22,16 +23,24 @@ from .connection_options import (
 from .outcome import UNREACHABLE, Failure, plain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from rich.console import Console, RenderableType
+    from rich.table import Table
+    from rich.text import Text
 
 Document = dict[str, Any]
 
 DEFAULT_ADMIN: Final = "127.0.0.1:8095"
 
 _TIMEOUT_S: Final = 10.0
-_WIDE: Final = 200
+# Wider than any table: a file or a pipe has no width that texts must be cut to.
+_WIDE: Final = 100_000
+# Of names at least, if they are that long; and between columns.
+_LEAST: Final = 16
+_GAP: Final = 2
+# The totals take two lines where a terminal is narrow.
+_HEAD_LINES: Final = 3
 _DIRECTIONS: Final = ("to_agent", "to_client")
 
 
@@ -124,10 +133,111 @@ def _size(count: float) -> str:
     return decimal(round(count))
 
 
-def draw(document: Document, *, rows: int | None = None) -> RenderableType:
-    """Return the tables; with *rows* only so many connections are shown, the fastest ones."""
-    from rich.console import Group
+@attrs.frozen
+class _Column:
+    """A column of a table.
+
+    Attributes:
+      is_text: names are cut where there is no room for all of them; figures never are.
+      spare: the column with the highest number goes first where names would get next to nothing; 0 stays.
+    """
+
+    title: str
+    is_text: bool = False
+    spare: int = 0
+
+
+_AGENTS: Final = (
+    _Column("AGENT", is_text=True),
+    _Column("IDENTIFIERS", is_text=True),
+    _Column("SINCE", spare=1),
+    _Column("CONNECTIONS"),
+    _Column("TO AGENT"),
+    _Column("TO CLIENTS"),
+    _Column(""),
+)
+_CONNECTIONS: Final = (
+    _Column("AGENT", is_text=True, spare=1),
+    _Column("ID", spare=3),
+    _Column("DESTINATION", is_text=True),
+    _Column("AGE", spare=2),
+    *(_Column(title) for title in ("TO AGENT", "RATE", "WAITS", "TO CLIENT", "RATE", "WAITS", "")),
+)
+
+
+def _widths(
+    columns: Sequence[_Column], rows: Sequence[Sequence[Text]], width: int | None
+) -> list[int | None]:
+    """Return how wide each column of a table may be, None for those that are left out."""
+    natural = [
+        max(len(column.title), *(row[at].cell_len for row in rows)) if rows else len(column.title)
+        for at, column in enumerate(columns)
+    ]
+    found: list[int | None] = [*natural]
+    if width is None:
+        return found
+    texts = [at for at, column in enumerate(columns) if column.is_text]
+    for spare in sorted(
+        (at for at, column in enumerate(columns) if column.spare),
+        key=lambda at: columns[at].spare,
+        reverse=True,
+    ):
+        if _room(found, texts, width) >= sum(min(_LEAST, natural[at]) for at in texts):
+            break
+        found[spare] = None
+        texts = [at for at in texts if at != spare]
+    room = _room(found, texts, width)
+    # What short names leave goes to the long ones.
+    for left, at in zip(
+        range(len(texts), 0, -1), sorted(texts, key=lambda at: natural[at]), strict=True
+    ):
+        found[at] = max(1, min(natural[at], room // left))
+        room -= found[at] or 0
+    return found
+
+
+def _room(widths: Sequence[int | None], texts: Sequence[int], width: int) -> int:
+    """Return what the other columns leave for those of texts."""
+    shown = [at for at, found in enumerate(widths) if found is not None]
+    others = sum(widths[at] or 0 for at in shown if at not in texts)
+    return width - others - _GAP * (len(shown) - 1)
+
+
+def _table(
+    title: str, columns: Sequence[_Column], rows: Sequence[Sequence[Text]], width: int | None
+) -> Table:
     from rich.table import Table
+
+    widths = _widths(columns, rows, width)
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column, found in zip(columns, widths, strict=True):
+        if found is not None:
+            made.add_column(
+                column.title,
+                justify="left" if column.is_text or not column.title else "right",
+                width=found,
+                no_wrap=True,
+                overflow="ellipsis",
+            )
+    for row in rows:
+        made.add_row(*(cell for cell, found in zip(row, widths, strict=True) if found is not None))
+    return made
+
+
+def draw(
+    document: Document,
+    *,
+    agents: int | None = None,
+    rows: int | None = None,
+    width: int | None = None,
+) -> RenderableType:
+    """Return the tables.
+
+    Args:
+      agents, rows: so many agents and connections are shown, the fastest ones; None is all.
+      width: what the tables must fit into; None is no limit.
+    """
+    from rich.console import Group
     from rich.text import Text
 
     server, totals = document["server"], document["totals"]
@@ -141,51 +251,26 @@ def draw(document: Document, *, rows: int | None = None) -> RenderableType:
         f"to clients {_size(totals['rate_to_client'])}/s; {_size(totals['buffered_bytes'])} waiting, "
         f"{totals['stalled']} stalled",
     )
-
-    def table(title: str, *columns: str) -> Table:
-        made = Table(
-            title=title, title_justify="left", box=None, pad_edge=False, header_style="bold"
-        )
-        for column in columns:
-            made.add_column(
-                column,
-                justify="left"
-                if column in ("AGENT", "IDENTIFIERS", "DESTINATION", "")
-                else "right",
-                no_wrap=True,
-                overflow="ellipsis",
-            )
-        return made
-
-    agents = table(
-        "\nAgents", "AGENT", "IDENTIFIERS", "SINCE", "CONNECTIONS", "TO AGENT", "TO CLIENTS", ""
-    )
-    for row in document["agents"]:
-        agents.add_row(
+    agent_rows = [
+        [
             Text(plain(row["id"])),
             Text(plain(" ".join(row["identifiers"]))),
-            _age(row["age_s"]),
-            str(row["connections"]),
-            f"{_size(row['rate_to_agent'])}/s",
-            f"{_size(row['rate_to_client'])}/s",
+            Text(_age(row["age_s"])),
+            Text(str(row["connections"])),
+            Text(f"{_size(row['rate_to_agent'])}/s"),
+            Text(f"{_size(row['rate_to_client'])}/s"),
             Text("draining" if row["draining"] else "", "yellow"),
-        )
-    connections = table(
-        "\nConnections", "AGENT", "ID", "DESTINATION", "AGE", "TO AGENT", "RATE", "WAITS", "TO CLIENT", "RATE", "WAITS", "",
-    )  # fmt: skip
-    ranked = sorted(
-        document["connections"],
-        key=lambda one: (one["stalled"], one["rate_to_agent"] + one["rate_to_client"]),
-        reverse=True,
-    )
-    for one in ranked[:rows]:
-        connections.add_row(
+        ]
+        for row in _first(document["agents"], agents)
+    ]
+    connection_rows = [
+        [
             Text(plain(one["agent"])),
-            str(one["id"]),
+            Text(str(one["id"])),
             Text(plain(one["destination"])),
-            _age(one["age_s"]),
+            Text(_age(one["age_s"])),
             *(
-                text
+                Text(text)
                 for way in _DIRECTIONS
                 for text in (
                     _size(one[f"bytes_{way}"]),
@@ -194,10 +279,39 @@ def draw(document: Document, *, rows: int | None = None) -> RenderableType:
                 )
             ),
             Text("stalled", "red") if one["stalled"] else Text("closing" if one["closing"] else ""),
-        )
-    left = len(ranked) - len(ranked[:rows])
-    more = Text(f"and {left} more" if left else "", "dim")
-    return Group(head, agents, connections, more)
+        ]
+        for one in _ranked(document["connections"])[:rows]
+    ]
+    parts: list[RenderableType] = [head, _table("\nAgents", _AGENTS, agent_rows, width)]
+    if left := len(document["agents"]) - len(agent_rows):
+        parts.append(Text(f"and {left} more", "dim"))
+    parts.append(_table("\nConnections", _CONNECTIONS, connection_rows, width))
+    left = len(document["connections"]) - len(connection_rows)
+    parts.append(Text(f"and {left} more" if left else "", "dim"))
+    return Group(*parts)
+
+
+def _ranked(shown: Sequence[Document]) -> list[Document]:
+    """Return agents or connections, first those that stall, then the fastest ones."""
+    return sorted(
+        shown,
+        key=lambda one: (one["stalled"], one["rate_to_agent"] + one["rate_to_client"]),
+        reverse=True,
+    )
+
+
+def _first(agents: Sequence[Document], count: int | None) -> Sequence[Document]:
+    # In their own order, which does not change from look to look, as long as there is room for all.
+    return agents if count is None or count >= len(agents) else _ranked(agents)[:count]
+
+
+def fitting(document: Document, console: Console) -> RenderableType:
+    """Return the tables for a terminal: agents get half of its lines, or what connections leave."""
+    # Head, and above and below each table: a blank line, title, header, how many are left out.
+    room = max(2, console.height - _HEAD_LINES - 2 * 4)
+    agents = max(1, room - len(document["connections"]), room // 2)
+    shown = min(agents, len(document["agents"]))
+    return draw(document, agents=agents, rows=max(1, room - shown), width=console.width)
 
 
 def _watch(console: Console, admin: str, interval: float) -> Never:
@@ -208,9 +322,7 @@ def _watch(console: Console, admin: str, interval: float) -> Never:
         while True:
             try:
                 for document in samples(admin, interval):
-                    used = len(document["agents"]) + 9
-                    view = draw(document, rows=max(1, console.height - used))
-                    live.update(view, refresh=True)
+                    live.update(fitting(document, console), refresh=True)
             except Failure as failure:
                 # The server may come back.
                 live.update(Text(f"{failure.message}\nTrying again ...", "red"), refresh=True)
@@ -257,8 +369,8 @@ def status(
     from rich.console import Console
 
     console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        # A file or a pipe has no width that texts must be cut to.
+    has_width = console.is_terminal or "COLUMNS" in os.environ
+    if not has_width:
         console = Console(width=_WIDE)
     place = admin or context_values(options).get("admin") or DEFAULT_ADMIN
     if not (as_json or once) and console.is_terminal:
@@ -271,4 +383,4 @@ def status(
     if as_json:
         click.echo(json.dumps(document, indent=2))
     else:
-        console.print(draw(document))
+        console.print(draw(document, width=console.width if has_width else None))
