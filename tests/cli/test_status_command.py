@@ -6,9 +6,10 @@ import io
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
-from clusterproxy.cli.status import add_rates, draw, fitting
+from clusterproxy.cli.status import add_rates, draw, fitting, status
 
 
 def connection(number: int, **figures: Any) -> dict[str, Any]:
@@ -180,6 +181,16 @@ def test_many_agents_leave_lines_to_connections(height: int) -> None:
     assert min(len(agents), len(connections)) >= (height - 12) // 2
     more = [line.strip() for line in lines if "more" in line]
     assert more == [f"and {60 - len(agents)} more", f"and {90 - len(connections)} more"]
+
+
+def test_a_dumb_terminal_gets_the_tables_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = [document(1, connection(1)), document(2, connection(1))]
+    monkeypatch.setattr("clusterproxy.cli.status.fetch", lambda _admin: looks.pop(0))
+    monkeypatch.setattr("rich.console.Console.is_terminal", property(lambda _console: True))
+    result = CliRunner(env={"TERM": "dumb"}).invoke(status, ["--interval=0.1"])
+    assert result.exit_code == 0, result.output
+    assert "service1:80" in result.output
+    assert not looks
 
 
 def test_few_connections_leave_lines_to_agents() -> None:

@@ -364,7 +364,7 @@ def status(
 ) -> None:
     """Show a server's agents and connections, their rates, and what stalls, until Ctrl-C.
 
-    Without a terminal it prints the tables once.
+    Without a terminal, or on a dumb one, it prints the tables once.
     """
     from rich.console import Console
 
@@ -373,7 +373,8 @@ def status(
     if not has_width:
         console = Console(width=_WIDE)
     place = admin or context_values(options).get("admin") or DEFAULT_ADMIN
-    if not (as_json or once) and console.is_terminal:
+    # On a dumb one nothing can be redrawn, and rich draws nothing at all.
+    if not (as_json or once) and console.is_terminal and not console.is_dumb_terminal:
         # The first look must succeed: a mistyped address should not be watched.
         fetch(place)
         with contextlib.suppress(KeyboardInterrupt):
