@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from clusterproxy.cli import dial as dialling
 from clusterproxy.cli.main import main
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from clusterproxy.cli.outcome import BROKEN, Failure
 
 
 @pytest.fixture
@@ -67,3 +68,35 @@ def test_admin_ports_that_are_none(complaint: Complaint, address: str) -> None:
     status, text = complaint("status", f"--admin={address}")
     assert status == 3
     assert text.startswith(f"admin port {address} of the proxy server: ")
+
+
+def test_dial_says_what_is_wrong_with_its_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(Failure, match="cannot write the output: No space left") as caught:
+            dialling._write(b"answer")
+    assert caught.value.exit_code == BROKEN
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(Failure, match="cannot write the output: it is closed"):
+        dialling._write(b"answer")
+
+
+def test_dial_says_what_is_wrong_with_its_input(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with (tmp_path / "only written").open("wb") as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        with pytest.raises(Failure, match="cannot read the input: Bad file") as caught:
+            dialling._read()
+    assert caught.value.exit_code == BROKEN
+    monkeypatch.setattr(sys, "stdin", None)
+    assert dialling._read() == b""
+
+
+def test_whoever_reads_no_more_is_no_failure_of_dial(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb", buffering=0) as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(BrokenPipeError):
+            dialling._write(b"answer")

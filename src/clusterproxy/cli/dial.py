@@ -16,6 +16,7 @@ from .connection_options import (
     server_access,
     service_address,
 )
+from .outcome import BROKEN, Failure
 from .tunnels import run, tunnel_to
 
 if TYPE_CHECKING:
@@ -37,11 +38,10 @@ async def _dial(access: ServerAccess, target: str) -> int:
 
 
 async def _send_input(stream: trio.abc.Stream) -> None:
-    # In a thread: input may be a file, which no event loop can wait for, and a terminal that is made
-    # non-blocking is so for every process on it.
-    read = partial(os.read, sys.stdin.fileno(), _CHUNK)
     try:
-        while data := await trio.to_thread.run_sync(read, abandon_on_cancel=True):
+        # In a thread: input may be a file, which no event loop can wait for, and a terminal that is made
+        # non-blocking is so for every process on it.
+        while data := await trio.to_thread.run_sync(_read, abandon_on_cancel=True):
             await stream.send_all(data)
         if isinstance(stream, trio.abc.HalfCloseableStream):
             await stream.send_eof()
@@ -60,10 +60,26 @@ async def _print_output(stream: trio.abc.Stream) -> None:
             return  # nobody reads any more, as after `| head`
 
 
+def _read() -> bytes:
+    if sys.stdin is None:  # closed by whoever started us
+        return b""
+    try:
+        return os.read(sys.stdin.fileno(), _CHUNK)
+    except OSError as error:
+        raise Failure(BROKEN, f"cannot read the input: {error.strerror}") from error
+
+
 def _write(data: bytes) -> None:
+    if sys.stdout is None:  # likewise
+        raise Failure(BROKEN, "cannot write the output: it is closed")
     view = memoryview(data)
     while view:
-        view = view[os.write(sys.stdout.fileno(), view) :]
+        try:
+            view = view[os.write(sys.stdout.fileno(), view) :]
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise Failure(BROKEN, f"cannot write the output: {error.strerror}") from error
 
 
 @click.command(
@@ -79,7 +95,8 @@ ends on the way can do that; Go's agents and servers cannot.
 
 \b
 Exit status: 0 the service ended the connection, 1 the dial failed, 2 wrong usage
-or files, 3 the server cannot be reached, 4 the connection broke.""",
+or files, 3 the server cannot be reached, 4 the connection, the input or the output
+broke.""",
 )
 @click.argument("target", metavar="HOST:PORT", type=service_address)
 @connection_options
