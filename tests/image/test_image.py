@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import yaml
+from cryptography import x509
 from engine import PATIENCE_S, ROOT, Engine, wait_until
 
 import clusterproxy
@@ -171,6 +172,28 @@ def documented(start: str) -> list[str]:
     return [command.replace("\\\n", "") for command in commands if command.startswith(start)]
 
 
+def make_certificates(directory: Path) -> Path:
+    """Make what the documentation makes; return the folder."""
+    script = "\n".join([*documented("mkdir"), *documented("openssl"), *documented("for name")])
+    subprocess.run(("sh", "-e", "-c", script), cwd=directory, capture_output=True, check=True)
+    return directory / "cluster-proxy"
+
+
+def test_an_agents_key_makes_nobody_a_client_or_a_server(tmp_path: Path) -> None:
+    folder = make_certificates(tmp_path)
+    names: dict[str, list[str]] = {}
+    for who in ("server", "agent", "client"):
+        certificate = x509.load_pem_x509_certificate((folder / who / "tls.crt").read_bytes())
+        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+        names[who] = [str(name.value) for name in found.value]
+    assert names["server"] == ["hub.example.com"]
+    # With this URI the server's port for clients turns it away, which it does with --agent-identity.
+    assert names["agent"] == ["urn:open-cluster-management:cluster-proxy:cluster:cluster1"]
+    assert names["client"] == ["client"]
+    (server,) = documented("podman run -d --name proxy-server")
+    assert "--agent-identity=require" in shlex.split(server)
+
+
 class _Machine:
     """A network namespace that stands for all machines, and a folder with certificates as documented."""
 
@@ -181,9 +204,7 @@ class _Machine:
         self._run("ip", "netns", "add", self.namespace)
         self._stack.callback(self._run, "ip", "netns", "del", self.namespace)
         self._run("ip", "-n", self.namespace, "link", "set", "lo", "up")
-        script = "\n".join([*documented("mkdir"), *documented("openssl"), *documented("for name")])
-        subprocess.run(("sh", "-e", "-c", script), cwd=directory, capture_output=True, check=True)
-        self.folder = directory / "cluster-proxy"
+        self.folder = make_certificates(directory)
 
     def podman(self, line: str) -> subprocess.CompletedProcess[str]:
         """Run a documented line, in the namespace."""
