@@ -172,6 +172,14 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "server-count-source",
         "--server-count-source must be one of '', 'default', 'max', got foobar",
     ),
+    *(
+        (
+            {"alpn_protos": ("h3", protocol)},
+            "alpn-proto",
+            f'ALPN protocol "{protocol}" must be ASCII of 1 to 255 characters',
+        )
+        for protocol in ("", "ä", "p" * 256)
+    ),
     ({"max_message_bytes": 0}, "max-message-size", "max-message-size must be > 0, got 0"),
     (
         {"connection_buffer_bytes": -1},

@@ -152,6 +152,10 @@ class AgentConfig:
         for title, (name, port) in ports.items():
             if port > _LAST_PORT:
                 raise ConfigError(name, f"{title} port {port} must be less than 65536")
+        for protocol in self.alpn_protos:
+            if not (protocol.isascii() and 0 < len(protocol) < 256):
+                text = f"ALPN protocol {quote(protocol)} must be ASCII of 1 to 255 characters"
+                raise ConfigError("alpn-proto", text)
         self._check_limits()
 
     def _check_files(self) -> None:
