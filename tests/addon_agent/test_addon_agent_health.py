@@ -223,6 +223,7 @@ async def test_nobody_there() -> None:
     await found.aclose()
     agent = ProxyAgent("localhost", port)
     assert not await agent.look()
+    assert not await ProxyAgent("agent..example", port).look()
 
 
 async def test_no_answer_is_not_waited_for(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import socket
 import ssl
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from unittest.mock import patch
 
 import attrs
@@ -22,16 +23,18 @@ from clusterproxy.transport.tls import server_context
 from clusterproxy.user_server.certificates import Certificates
 from clusterproxy.user_server.config import UserServerConfig
 from clusterproxy.user_server.metrics import UserServerMetrics
+from clusterproxy.user_server.program import Program
 from clusterproxy.user_server.tunnel import ProxyServers
 from clusterproxy_proto import CloseRequest, CloseResponse, Data, DialRequest
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import AsyncGenerator
     from pathlib import Path
 
     from harness import ClientPeer
     from trio.testing import MockClock
+
+    from clusterproxy.kube.api import KubeApi
 
 HOST = "proxy.test"
 
@@ -314,6 +317,20 @@ def test_a_file_that_cannot_be_used_is_named(files: Files, field: str, flag: str
     with pytest.raises(ConfigError, match="none: No such file") as caught:
         Certificates(config, UserServerMetrics(), TlsProfile, lambda: None)
     assert caught.value.field == flag
+
+
+async def test_the_program_names_the_flag_of_a_file(files: Files) -> None:
+    config = attrs.evolve(files.config, proxy_cert=str(files.directory / "none"))
+    program = Program(config, cast("KubeApi", None))
+    with (
+        socket.socket() as public,
+        socket.socket() as health,
+        pytest.raises(ExceptionGroup) as caught,
+    ):
+        await program.run(public, health)
+    (error,) = caught.value.exceptions
+    assert isinstance(error, ConfigError)
+    assert error.field == "proxy-cert"
 
 
 def test_the_profile_holds_for_the_listener(files: Files) -> None:

@@ -37,7 +37,13 @@ class ProxyAgent:
         try:
             with trio.fail_after(_TIMEOUT_S):
                 response = await self._get("/readyz")
-        except (OSError, trio.BrokenResourceError, trio.TooSlowError, h11.ProtocolError) as error:
+        except (
+            OSError,
+            UnicodeError,  # of names that no DNS has
+            trio.BrokenResourceError,
+            trio.TooSlowError,
+            h11.ProtocolError,
+        ) as error:
             _log.debug("no answer from the proxy agent: %s", str(error) or type(error).__name__)
             return False
         own = (RELOADS_HEADER.lower().encode(), RELOADS_CERTIFICATES.encode())

@@ -109,11 +109,14 @@ class Program:
             return profiles.profile or _NO_PROFILE
 
         async with trio.open_nursery() as nursery:
-            servers = ProxyServers(config, nursery)
             profiles = ProfileWatch(
                 self._api, config.pod_namespace, lambda: certificates.listener.reload()
             )
-            certificates = Certificates(config, self.metrics, current_profile, servers.renew)
+            # Before whoever else reads the files: they know what the flags are called.
+            certificates = Certificates(
+                config, self.metrics, current_profile, lambda: servers.renew()
+            )
+            servers = ProxyServers(config, nursery)
             async with trio.open_nursery() as starting:
                 starting.start_soon(profiles.start, nursery)
                 starting.start_soon(nursery.start, allowlist.run)
