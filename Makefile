@@ -36,7 +36,7 @@ test: $(READY) go-is-here kube-servers $(DEMO_CLIENT) coverage ## all tests with
 test-fast: $(READY) ## the tests that start no programs (no Go, under 90 s)
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m 'not programs and not kube and not image and not e2e' --hypothesis-profile=fast $(PYTEST_ARGS)
 
-e2e: $(READY) go-is-here kube-servers ## the documentation's steps on a hub and two clusters, in namespaces of their own (6 minutes; E2E_ARGS=--image)
+e2e: $(READY) go-is-here kube-servers ## the documentation's steps on a hub and two clusters, in namespaces of their own (7 minutes; E2E_ARGS=--image)
 	@cd tests && ../$(BIN)/python -m e2e $(E2E_ARGS)
 
 e2e-demo: $(READY) go-is-here kube-servers ## the demo of the whole, as docs/demo tells: from the Go original to ours and back (7 minutes)

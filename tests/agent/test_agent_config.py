@@ -180,6 +180,20 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         )
         for protocol in ("", "ä", "p" * 256)
     ),
+    *(
+        (
+            {name: value},
+            name.replace("_", "-"),
+            f"{name.replace('_', '-')} {shown} must be printable ASCII",
+        )
+        for name, value, shown in (
+            ("agent_id", "ä", '"ä"'),
+            ("agent_id", "a\nb", '"a\\nb"'),
+            ("agent_identifiers", "host=ä", '"host=ä"'),
+        )
+    ),
+    ({"sync_interval_s": 0.0}, "sync-interval", "sync-interval must be > 0, got 0s"),
+    ({"sync_interval_s": -1.0}, "sync-interval", "sync-interval must be > 0, got -1s"),
     ({"max_message_bytes": 0}, "max-message-size", "max-message-size must be > 0, got 0"),
     (
         {"connection_buffer_bytes": -1},

@@ -63,7 +63,7 @@ def test_intervals_that_are_none(complaint: Complaint, value: str) -> None:
     assert text.startswith("Invalid value for '--interval'")
 
 
-@pytest.mark.parametrize("address", ["[::1", "hub:65536", "hub:admin"])
+@pytest.mark.parametrize("address", ["[::1", "hub:65536", "hub:admin", "https://hub:8095"])
 def test_admin_ports_that_are_none(complaint: Complaint, address: str) -> None:
     status, text = complaint("status", f"--admin={address}")
     assert status == 3

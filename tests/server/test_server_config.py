@@ -161,6 +161,14 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "cluster-key",
         'cannot have cluster key empty when cluster cert is set to "FILE"',
     ),
+    *(
+        (
+            {"server_id": value},
+            "server-id",
+            f"server-id {shown} must be printable ASCII",
+        )
+        for value, shown in (("ä", '"ä"'), ("a\nb", '"a\\nb"'))
+    ),
     ({"mode": 'a"b'}, "mode", "mode must be set to either 'grpc' or 'http-connect' not \"a\\\"b\""),
     ({"uds_name": "/s"}, "server-port", "server port should be set to 0 not 8090 for UDS"),
     (

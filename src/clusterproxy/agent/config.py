@@ -10,6 +10,7 @@ import attrs
 
 from clusterproxy.errors import ConfigError
 from clusterproxy.gotext import format_seconds, missing_file, parse_labels, parse_query, quote
+from clusterproxy.grpc.metadata import is_sendable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -152,6 +153,13 @@ class AgentConfig:
         for title, (name, port) in ports.items():
             if port > _LAST_PORT:
                 raise ConfigError(name, f"{title} port {port} must be less than 65536")
+        for name, value in (
+            ("agent-id", self.agent_id),
+            ("agent-identifiers", self.agent_identifiers),
+        ):
+            if not is_sendable(value):
+                text = f"{name} {quote(value)} must be printable ASCII"
+                raise ConfigError(name, text)
         for protocol in self.alpn_protos:
             if not (protocol.isascii() and 0 < len(protocol) < 256):
                 text = f"ALPN protocol {quote(protocol)} must be ASCII of 1 to 255 characters"
@@ -195,6 +203,7 @@ class AgentConfig:
             if value <= 0:
                 raise ConfigError(name, f"{name} must be > 0, got {value}")
         for name, seconds in (
+            ("sync-interval", self.sync_interval_s),
             ("stall-timeout", self.stall_timeout_s),
             ("dial-timeout", self.dial_timeout_s),
         ):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from typing import Any
 
 import click
 
 from clusterproxy import __version__
+
+from .outcome import tell
 
 
 class _GoCommand(click.Command):
@@ -34,6 +38,14 @@ _COMMANDS = {
 
 class _Programs(click.Group):
     """Imports commands when they are asked for."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  as click has it
+        """Run a command; a full disk, say, is told in one line."""
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            tell(f"Error: {error}")
+            sys.exit(1)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted([*super().list_commands(ctx), *_COMMANDS])

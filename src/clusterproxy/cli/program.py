@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import os
 import resource
 import sys
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
@@ -50,8 +51,7 @@ def run_program(
     try:
         parsed = flags.parse(sys.argv[1:] if argv is None else argv)
         if parsed.values["help"]:
-            sys.stdout.write(flags.help())
-            return 0
+            return _show(flags.help())
         config = build(parsed)
     except ConfigError as exc:
         return _misused(flags, exc.message)
@@ -69,6 +69,18 @@ def run_program(
             raise
         _logger.debug("could not go on", exc_info=exc)
         return _failed(leaves[0])
+
+
+def _show(text: str) -> int:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as exc:
+        # Python tries once more at its end, and complains.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # As after `| head`: nobody reads any more.
+        return 1 if isinstance(exc, BrokenPipeError) else _failed(exc)
+    return 0
 
 
 def _run(main: Callable[[_C], Awaitable[int]], config: _C) -> int:

@@ -52,6 +52,8 @@ def fetch(admin: str) -> Document:
     """
     try:
         url = urlsplit(admin if "://" in admin else f"http://{admin}")
+        if url.scheme != "http":
+            raise ValueError("it speaks plain HTTP only")  # noqa: TRY301  told as the others
         connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=_TIMEOUT_S)
         try:
             connection.request("GET", "/status")

@@ -61,6 +61,11 @@ def encode_headers(metadata: Mapping[str, Iterable[str | bytes]]) -> list[Header
     return fields
 
 
+def is_sendable(value: str) -> bool:
+    """Whether a text can be sent, under a name that does not end in ``-bin``."""
+    return bool(_VALUE.match(value.encode()))
+
+
 def decode_headers(headers: Iterable[Header]) -> Metadata:
     """Collect the custom metadata among header fields; ``-bin`` values become bytes.
 

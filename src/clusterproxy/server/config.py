@@ -10,6 +10,7 @@ import attrs
 
 from clusterproxy.errors import ConfigError
 from clusterproxy.gotext import format_seconds, missing_file, parse_labels, quote
+from clusterproxy.grpc.metadata import is_sendable
 from clusterproxy.transport.tls import GO_CIPHER_SUITES
 
 _logger = logging.getLogger("clusterproxy.server.config")
@@ -152,6 +153,10 @@ class ServerConfig:
         ):
             if seconds < 0:
                 raise ConfigError(name, f"{name} must be >= 0, got {format_seconds(seconds)}")
+        if not is_sendable(self.server_id):
+            # Agents are told, and not one could come.
+            text = f"server-id {quote(self.server_id)} must be printable ASCII"
+            raise ConfigError("server-id", text)
         self._check_agent_identity()
         self._check_limits()
 
