@@ -585,6 +585,22 @@ async def test_a_sender_stays_within_the_window_of_the_connection() -> None:
     assert (len(data_of(sent, 1)), len(data_of(sent, 3))) == (2000, 465)
 
 
+@pytest.mark.parametrize("place", range(1, 13))
+@pytest.mark.parametrize("whose", [0, 1], ids=["connection", "stream"])
+async def test_a_grant_that_comes_in_two_reads_lets_go_what_waits(whose: int, place: int) -> None:
+    wired, _ = server(window=10 if whose else LARGEST)
+    stream = answered(wired)
+    if not whose:
+        wired.connection.h2.outbound_flow_control_window = 10
+    stream.send(None, 15, b"0123456789abcde")
+    assert data_of(wired.take_sent(), 1) == b"0123456789"
+    grant = window_update(whose, 5)
+    wired.receive(grant[:place])
+    assert wired.take_sent() == b""
+    wired.receive(grant[place:])
+    assert data_of(wired.take_sent(), 1) == b"abcde"
+
+
 async def test_how_much_could_go_now() -> None:
     wired, _ = server(window=1000)
     stream = answered(wired)
