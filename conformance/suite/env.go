@@ -19,8 +19,10 @@ func NewEnv(dir string) (*Env, error) {
 		}
 		*command = []string{program}
 	}
-	if env.Konnbench, err = buildOwn(dir, "./konnbench"); err != nil {
-		return nil, err
+	for pkg, program := range map[string]*string{"./konnbench": &env.Konnbench, "./cmd/docsnippet": &env.Docsnippet} {
+		if *program, err = buildOwn(dir, pkg); err != nil {
+			return nil, err
+		}
 	}
 	certs := filepath.Join(dir, "certs")
 	if err := os.Mkdir(certs, 0o755); err != nil {

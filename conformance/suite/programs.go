@@ -22,6 +22,7 @@ type Env struct {
 	GoServer, GoAgent   []string
 	Client              string // an older release of the client as a program; "": the stock client of this module
 	Konnbench           string
+	Docsnippet          string
 	Certs               *Certs
 	Dir                 string
 	Verbose             bool

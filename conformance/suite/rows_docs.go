@@ -22,8 +22,6 @@ func init() {
 // rowDocumentation runs cmd/docsnippet as a hub's program: the agent stands
 // for the cluster that it is asked for, and reaches its API server.
 func rowDocumentation(t *T) {
-	program, err := buildOwn(t.dir, "./cmd/docsnippet")
-	t.Check(err, "docsnippet")
 	c := t.env.Certs
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	t.Check(err, "listen")
@@ -51,7 +49,7 @@ users: [{name: row, user: {token: of-a-user}}]
 	a := t.StartAgent(s.AgentPort, AgentOpts{Identifiers: "host=localhost"})
 	a.WaitReady()
 	t.WaitStatus(s.health("/readyz"), 200)
-	cmd := exec.CommandContext(t.Ctx, program, "-proxy", fmt.Sprintf("127.0.0.1:%d", s.Front),
+	cmd := exec.CommandContext(t.Ctx, t.env.Docsnippet, "-proxy", fmt.Sprintf("127.0.0.1:%d", s.Front),
 		"-ca", c.FrontendCA.File, "-cert", c.Client.CertFile, "-key", c.Client.KeyFile,
 		"-kubeconfig", kubeconfig, "-cluster", "localhost:"+fmt.Sprint(ln.Addr().(*net.TCPAddr).Port))
 	out, err := cmd.CombinedOutput()

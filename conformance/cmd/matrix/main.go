@@ -19,10 +19,15 @@ import (
 
 func main() {
 	if err := run(); err != nil {
-		fmt.Fprintln(os.Stderr, "matrix:", err)
+		if !errors.Is(err, errSaid) {
+			fmt.Fprintln(os.Stderr, "matrix:", err)
+		}
 		os.Exit(1)
 	}
 }
+
+// The run in a network of its own has said what is wrong.
+var errSaid = errors.New("said already")
 
 func run() error {
 	rows := flag.String("rows", "", "comma list of row IDs or patterns (S*,H01); they decide, whether listed or not")
@@ -114,6 +119,16 @@ func run() error {
 
 	env, err := suite.NewEnv(dir)
 	if err != nil {
+		return err
+	}
+	// All is built by now: there is nobody to ask for a module in a network of its own.
+	if err, done := suite.RunInOwnNetwork(); done {
+		if err != nil {
+			return errSaid
+		}
+		return nil
+	}
+	if err := suite.EnterNetwork(dir); err != nil {
 		return err
 	}
 	env.Verbose = *verbose
