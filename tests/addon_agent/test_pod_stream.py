@@ -568,6 +568,48 @@ async def test_a_websocket_is_closed(tmp_path: Path) -> None:
                 await stream.receive_some()
 
 
+@pytest.mark.parametrize("behind", [b"", b"\x89\x00", b"\x82\x01x"])
+async def test_a_websocket_is_closed_with_the_last_of_it(tmp_path: Path, behind: bytes) -> None:
+    async def script(pod: PodSide) -> None:
+        await pod.begin()
+        assert pod.websocket is not None
+        frames = [
+            pod.peer.data(pod.data, b"last", end=True),
+            pod.peer.data(pod.errors, b"", end=True),
+            # A question, to which there is no answer any more.
+            pod.peer.control(6, struct.pack(">I", 2)),
+        ]
+        said = b"".join(pod.websocket.send(BytesMessage(data=frame)) for frame in frames)
+        await pod.stream.send_all(said + pod.websocket.send(CloseConnection(code=1000)) + behind)
+        await pod.until_closed()
+
+    async with played_hub() as hub, open_kube_api(hub.kubeconfig(tmp_path)) as api:
+        hub.script = script
+        async with open_pod_stream(api, WHERE) as stream:
+            await stream.send_all(b"go")
+            assert await receive_all(stream) == b"last"
+            assert stream.over
+            # It goes nowhere, as the kubelet has said.
+            await stream.send_all(b"more")
+        await until(lambda: not hub.open)
+
+
+async def test_a_websocket_is_closed_instead_of_an_answer(tmp_path: Path) -> None:
+    async def script(pod: PodSide) -> None:
+        data, errors = [(await pod.next()).stream for _ in range(2)]
+        assert pod.websocket is not None
+        ends = pod.peer.data(data, b"", end=True) + pod.peer.data(errors, b"", end=True)
+        said = pod.websocket.send(BytesMessage(data=ends))
+        await pod.stream.send_all(said + pod.websocket.send(CloseConnection(code=1001)))
+        await pod.until_closed()
+
+    async with played_hub() as hub, open_kube_api(hub.kubeconfig(tmp_path)) as api:
+        hub.script = script
+        with pytest.raises(PodStreamError, match=r"8091: the WebSocket is closed: 1001$"):
+            async with open_pod_stream(api, WHERE):
+                pytest.fail("it is open")
+
+
 @pytest.mark.parametrize(
     ("frame", "message"),
     [

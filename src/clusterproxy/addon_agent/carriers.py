@@ -27,7 +27,7 @@ class Carrier(Protocol):
     ended: str
 
     def pack(self, data: bytes) -> bytes:
-        """Return what is to be sent for *data*."""
+        """Return what is to be sent for *data*; nothing once the peer has ended it."""
         ...
 
     def unpack(self, data: bytes | memoryview) -> Iterator[bytes]:
@@ -75,9 +75,12 @@ class WebSocket:
         self._answers = bytearray()
 
     def pack(self, data: bytes) -> bytes:
-        return self._connection.send(BytesMessage(data=data))
+        # Nothing may follow what closes it.
+        return b"" if self.ended else self._connection.send(BytesMessage(data=data))
 
     def unpack(self, data: bytes | memoryview) -> Iterator[bytes]:
+        if self.ended:
+            return
         self._connection.receive_data(bytes(data))
         for event in self._connection.events():
             match event:
@@ -91,6 +94,7 @@ class WebSocket:
                     # Also where a frame makes no sense.
                     self.ended = f"the WebSocket is closed: {code} {reason or ''}".rstrip()
                     self._answer_close(event)
+                    return
                 case _:
                     pass
 

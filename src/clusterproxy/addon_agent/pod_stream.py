@@ -333,7 +333,7 @@ class PodStream(trio.abc.HalfCloseableStream):
                     self._on_event(event)
         except ProtocolError as error:
             self._fail(str(error))
-        if self._carrier.ended and self._open:
+        if self._carrier.ended and (self._open or self._awaited):
             self._fail(self._carrier.ended)
         self._answer()
 
