@@ -133,6 +133,13 @@ async def test_the_proxy_of_the_environment(
     assert (await target(kubeconfig(tmp_path, "https://hub.example", {}))).proxy == expected
 
 
+async def test_a_proxy_that_wants_credentials(tmp_path: Path) -> None:
+    cluster = {"proxy-url": "http://me:secret@p.example:3128"}
+    found = await target(kubeconfig(tmp_path, "https://hub.example", {}, **cluster))
+    assert found.proxy == ("p.example", 3128)
+    assert found.proxy_headers == {"Proxy-Authorization": "Basic bWU6c2VjcmV0"}
+
+
 async def test_a_proxy_with_tls_is_refused(tmp_path: Path) -> None:
     path = kubeconfig(tmp_path, "https://hub.example", {}, **{"proxy-url": "https://p.example"})
     with pytest.raises(KubeUnavailable, match="streams through a proxy with TLS"):

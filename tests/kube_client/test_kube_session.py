@@ -421,6 +421,36 @@ async def test_a_proxy_of_the_kubeconfig(kubeconfig: Path) -> None:
     assert proxy.asked[0].target.startswith("http://apiserver.test/api/v1/")
 
 
+@pytest.mark.parametrize("environment", [False, True])
+async def test_a_proxy_that_wants_credentials(
+    kubeconfig: Path, monkeypatch: pytest.MonkeyPatch, environment: bool
+) -> None:
+    async with scripted_apiserver(FOUND) as proxy:
+        url = f"http://m%40e:s%3Acret@127.0.0.1:{proxy.port}"
+        if environment:
+            monkeypatch.setenv("HTTP_PROXY", url)
+        config = write_kubeconfig(
+            kubeconfig, "http://apiserver.test", cluster={} if environment else {"proxy-url": url}
+        )
+        await ask(proxy, config)
+    # As Go has it: m@e:s:cret
+    assert proxy.asked[0].headers["proxy-authorization"] == "Basic bUBlOnM6Y3JldA=="
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("socks5://me:secret@p.example", r"not an HTTP proxy: socks5://p\.example$"),
+        ("me:secret@p.example:3128", "proxy-url has no scheme, such as http://$"),
+    ],
+)
+async def test_a_password_of_a_proxy_is_not_told(kubeconfig: Path, url: str, message: str) -> None:
+    config = write_kubeconfig(kubeconfig, "https://127.0.0.1:1", cluster={"proxy-url": url})
+    with pytest.raises(ConfigError, match=message):
+        async with open_kube_api(config):
+            pytest.fail("it was opened")
+
+
 @pytest.mark.parametrize("variable", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY"])
 async def test_a_proxy_of_the_environment(
     kubeconfig: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str

@@ -10,10 +10,11 @@ import logging
 import os
 import ssl
 import threading
+from base64 import b64encode
 from pathlib import Path
 from time import monotonic as _monotonic
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import getproxies
 
 import attrs
@@ -207,8 +208,8 @@ def _load(kubeconfig: str, configuration: Configuration) -> urllib3.PoolManager:
     # The constructor looked before it knew the URL.
     configuration.proxy = proxy or _proxy_of_environment(parts.scheme, parts.hostname)
     configuration.no_proxy = None if proxy else getproxies().get("no")
-    if configuration.proxy and not configuration.proxy.startswith(("http://", "https://")):
-        raise ConfigError("kubeconfig", f"not an HTTP proxy: {configuration.proxy}")
+    if configuration.proxy:
+        configuration.proxy, configuration.proxy_headers = _proxy_and_headers(configuration.proxy)
     if parts.scheme == "https":
         # As each connection will do, to be told now what is wrong.
         _context(configuration)
@@ -240,6 +241,24 @@ def _proxy_of_environment(scheme: str, host: str) -> str | None:
     if proxy is None or host == "localhost" or host.startswith("127.") or host == "::1":
         return None
     return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def _proxy_and_headers(url: str) -> tuple[str, dict[str, str]]:
+    """Return a proxy's URL without credentials, which urllib3 does not look for there, and what is for the proxy alone."""
+    # Errors have the URL without them, too.
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        raise ConfigError("kubeconfig", "proxy-url has no scheme, such as http://")
+    authority, slash, path = rest.partition("/")
+    credentials, at, address = authority.rpartition("@")
+    proxy = f"{scheme}{separator}{address}{slash}{path}"
+    if scheme not in ("http", "https"):
+        raise ConfigError("kubeconfig", f"not an HTTP proxy: {proxy}")
+    if not at:
+        return proxy, {}
+    user, _, password = credentials.partition(":")
+    pair = unquote_to_bytes(user) + b":" + unquote_to_bytes(password)
+    return proxy, {"Proxy-Authorization": f"Basic {b64encode(pair).decode()}"}
 
 
 def _load_file(kubeconfig: str, configuration: Any) -> str:  # noqa: ANN401  its hook has no type
