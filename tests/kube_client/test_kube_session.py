@@ -407,6 +407,47 @@ async def test_a_client_certificate_that_is_renewed_in_place(
             await api.get(NAMESPACES, "a")
 
 
+async def test_a_certificate_of_a_plugin_that_has_ended(kubeconfig: Path, tmp_path: Path) -> None:
+    """Who insists on certificates answers nothing, not even 401."""
+    authority, strangers = trustme.CA(), trustme.CA()
+    context = server_context(authority, tmp_path, "127.0.0.1")
+    authority.configure_trust(context)
+    context.verify_mode = ssl.CERT_REQUIRED
+    plugin, said = tmp_path / "plugin", tmp_path / "said"
+    plugin.write_text(f"#!/bin/sh\ncat {said}\n")
+    plugin.chmod(plugin.stat().st_mode | stat.S_IXUSR)
+    version = "client.authentication.k8s.io/v1"
+
+    def say(issuer: trustme.CA, until: str) -> None:
+        certificate, key = write_pair(issuer, tmp_path, "client", "me")
+        status = {
+            "clientCertificateData": Path(certificate).read_text(),
+            "clientKeyData": Path(key).read_text(),
+            "expirationTimestamp": until,
+        }
+        said.write_text(
+            json.dumps({"apiVersion": version, "kind": "ExecCredential", "status": status})
+        )
+
+    async with scripted_apiserver(FOUND, context=context) as server:
+        config = write_kubeconfig(
+            kubeconfig,
+            f"https://127.0.0.1:{server.port}",
+            user={"exec": {"command": "./plugin", "apiVersion": version}},
+            cluster={"certificate-authority": write_ca(authority, tmp_path)},
+        )
+        say(strangers, "2020-01-01T00:00:00Z")
+        async with open_kube_api(config) as api:
+            with pytest.raises(KubeUnavailable):
+                await api.get(NAMESPACES, "a")
+            say(authority, "2100-01-01T00:00:00Z")
+            await api.get(NAMESPACES, "a")
+            # This one holds, and nobody asks for another.
+            said.write_text("nothing")
+            await api.get(NAMESPACES, "a")
+            assert (await api.target()).context is not None
+
+
 # -- proxies -----------------------------------------------------------------------------------------
 
 

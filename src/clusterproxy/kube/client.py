@@ -304,9 +304,10 @@ class KubeClient:
         """
         if refused is not None:
             await self._renew("streams", self._sessions.current())
+        session = await self._current("streams")
         try:
             return await trio.to_thread.run_sync(
-                self._sessions.current().target, self._user_agent, limiter=self._limiter
+                session.target, self._user_agent, limiter=self._limiter
             )
         except ValueError as error:
             raise KubeUnavailable(str(error)) from error
@@ -327,7 +328,7 @@ class KubeClient:
         renewed = False
         while True:
             await self._throttle.wait()
-            session = self._sessions.current()
+            session = await self._current(request.call)
             found = await self._timed(request, partial(work, session), exchange)
             if not isinstance(found, Answer):
                 return found
@@ -360,6 +361,13 @@ class KubeClient:
         if isinstance(found, KubeError):
             raise found
         return found
+
+    async def _current(self, call: str) -> Session:
+        session = self._sessions.current()
+        if session.over:
+            await self._renew(call, session)
+            session = self._sessions.current()
+        return session
 
     async def _renew(self, call: str, session: Session) -> None:
         try:

@@ -11,6 +11,7 @@ import os
 import ssl
 import threading
 from base64 import b64encode
+from datetime import UTC, datetime
 from pathlib import Path
 from time import monotonic as _monotonic
 from typing import TYPE_CHECKING, Any, Final
@@ -96,6 +97,12 @@ class Session:
     host: str
     pool: urllib3.PoolManager
     _configuration: Configuration
+    _ends: datetime | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether its certificate, which a plugin has made, has ended: it takes another one to connect."""
+        return self._ends is not None and datetime.now(UTC) >= self._ends
 
     def authorization(self) -> str | None:
         """Return the value of the header, None for none. Reads files or runs a plugin when it is time to.
@@ -159,7 +166,7 @@ class Sessions:
         return self._session
 
     def renew(self, used: Session) -> None:
-        """Read everything anew, because the apiserver does not know *used* any more.
+        """Read everything anew, because the apiserver does not know *used* any more, or that is over.
 
         Raises:
           ConfigError: the kubeconfig is broken now; the session stays.
@@ -179,7 +186,7 @@ class Sessions:
 def _open(kubeconfig: str) -> Session:
     configuration = Configuration()
     try:
-        pool = _load(kubeconfig, configuration)
+        pool, ends = _load(kubeconfig, configuration)
     except ConfigError:
         raise
     except Exception as error:
@@ -193,13 +200,15 @@ def _open(kubeconfig: str) -> Session:
     if not configuration.verify_ssl:
         _log.warning("the certificate of the apiserver is not verified, as the kubeconfig wants it")
         urllib3.disable_warnings(InsecureRequestWarning)
-    return Session(configuration.host.rstrip("/"), pool, configuration)
+    return Session(configuration.host.rstrip("/"), pool, configuration, ends)
 
 
-def _load(kubeconfig: str, configuration: Configuration) -> urllib3.PoolManager:
-    proxy = ""
+def _load(
+    kubeconfig: str, configuration: Configuration
+) -> tuple[urllib3.PoolManager, datetime | None]:
+    proxy, ends = "", None
     if kubeconfig:
-        proxy = _load_file(kubeconfig, configuration)
+        proxy, ends = _load_file(kubeconfig, configuration)
     else:
         _in_cluster.load_incluster_config(client_configuration=configuration)
     parts = urlsplit(configuration.host)
@@ -214,7 +223,7 @@ def _load(kubeconfig: str, configuration: Configuration) -> urllib3.PoolManager:
         # As each connection will do, to be told now what is wrong.
         _context(configuration)
     configuration.connection_pool_maxsize = _IDLE
-    return RESTClientObject(configuration).pool_manager
+    return RESTClientObject(configuration).pool_manager, ends
 
 
 def _context(configuration: Configuration) -> ssl.SSLContext:
@@ -261,8 +270,12 @@ def _proxy_and_headers(url: str) -> tuple[str, dict[str, str]]:
     return proxy, {"Proxy-Authorization": f"Basic {b64encode(pair).decode()}"}
 
 
-def _load_file(kubeconfig: str, configuration: Any) -> str:  # noqa: ANN401  its hook has no type
-    """Load a kubeconfig; return its proxy, which not every version of the loader knows."""
+def _load_file(kubeconfig: str, configuration: Any) -> tuple[str, datetime | None]:  # noqa: ANN401  its hook has no type
+    """Load a kubeconfig; return its proxy, which not every version of the loader knows, and when a plugin's certificate ends.
+
+    Of a plugin's token the loader takes care itself. A server that insists on certificates ends the handshake, and so never
+    answers that it does not know one.
+    """
     merged = _files.KubeConfigMerger(kubeconfig).config
     if merged is None:
         raise ConfigError("kubeconfig", f"kubeconfig {kubeconfig}: there is no such file")
@@ -280,7 +293,8 @@ def _load_file(kubeconfig: str, configuration: Any) -> str:  # noqa: ANN401  its
             path = Path(user.path or kubeconfig).expanduser().parent / str(user["tokenFile"])
             configuration.refresh_api_key_hook = _token_file(path)
     cluster = _entry(merged, "clusters", "cluster", context)
-    return str(cluster.safe_get("proxy-url") or "") if cluster is not None else ""
+    proxy = str(cluster.safe_get("proxy-url") or "") if cluster is not None else ""
+    return proxy, None if "token" in vars(loader) else vars(loader).get("expiry")
 
 
 def _entry(merged: Any, plural: str, kind: str, context: Any) -> Any:  # noqa: ANN401
