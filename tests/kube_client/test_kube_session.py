@@ -15,6 +15,7 @@ import trustme
 from certificates import write_ca, write_pair
 from scripted_apiserver import answer, refusal, scripted_apiserver, until, write_kubeconfig
 
+from clusterproxy.addon_agent.upgrade import open_transport
 from clusterproxy.errors import ConfigError, KubeUnavailable, Unauthorized
 from clusterproxy.kube import official
 from clusterproxy.kube import session as session_module
@@ -383,6 +384,25 @@ async def test_a_certificate_must_fit(kubeconfig: Path, tmp_path: Path) -> None:
         )
         for cluster in right:
             await ask(server, write_kubeconfig(kubeconfig, url, cluster=cluster))
+
+
+@pytest.mark.parametrize("itself", [False, True])
+async def test_whatever_a_kubeconfig_trusts_is_an_authority(
+    kubeconfig: Path, tmp_path: Path, itself: bool
+) -> None:
+    """As in Go: one below the root of a company, or the apiserver's certificate itself."""
+    authority = trustme.CA().create_child_ca()
+    context = server_context(authority, tmp_path, "127.0.0.1")
+    ca = write_ca(authority, tmp_path)
+    trusted = str(tmp_path / "server.crt") if itself else ca
+    async with scripted_apiserver(FOUND, context=context) as server:
+        cluster = {"certificate-authority": trusted}
+        config = write_kubeconfig(kubeconfig, f"https://127.0.0.1:{server.port}", cluster=cluster)
+        await ask(server, config)
+        # What streams connect with.
+        target = session_module.Sessions(config).current().target("tests")
+        transport = await open_transport(target)
+        transport.close()
 
 
 async def test_a_client_certificate_that_is_renewed_in_place(

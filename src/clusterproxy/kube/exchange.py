@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import ssl
 import threading
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
@@ -38,6 +39,9 @@ _SOCKET_OPTIONS: Final = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 45_000),
 )
+
+# In Go whatever a kubeconfig has for an authority is one, the certificate of an intermediate or of the apiserver itself too.
+VERIFY_FLAGS: Final = ssl.VERIFY_X509_PARTIAL_CHAIN
 
 _running = threading.local()
 
@@ -162,7 +166,7 @@ class _TlsConnection(_PlainConnection, HTTPSConnection):
         # Made for each connection: certificates that were renewed in place are read again. The flags leave
         # VERIFY_X509_STRICT out, which fails CAs of existing installations.
         context = create_urllib3_context(
-            cert_reqs=resolve_cert_reqs(self.cert_reqs), verify_flags=0
+            cert_reqs=resolve_cert_reqs(self.cert_reqs), verify_flags=VERIFY_FLAGS
         )
         if not (self.ca_certs or self.ca_cert_data):
             context.load_default_certs()

@@ -24,7 +24,7 @@ from urllib3.exceptions import InsecureRequestWarning
 
 from clusterproxy.errors import ConfigError
 
-from .exchange import install
+from .exchange import VERIFY_FLAGS, install
 from .official import Configuration, RESTClientObject, incluster_config, kube_config
 
 if TYPE_CHECKING:
@@ -231,6 +231,7 @@ def _context(configuration: Configuration) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     # As :class:`clusterproxy.kube.exchange._TlsConnection`.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    context.verify_flags |= VERIFY_FLAGS
     if configuration.ssl_ca_cert:
         context.load_verify_locations(configuration.ssl_ca_cert)
     else:
