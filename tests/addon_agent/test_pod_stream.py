@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,7 +22,6 @@ from clusterproxy.kube.client import open_kube_api
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
     from spdy_peer import Frame
 
@@ -51,6 +51,13 @@ async def receive_all(stream: trio.abc.ReceiveStream) -> bytes:
         return b"".join([bytes(data) async for data in stream])
 
 
+def add_to_user(kubeconfig: str, fields: dict[str, Any]) -> None:
+    path = Path(kubeconfig)
+    config = json.loads(path.read_text())
+    config["users"][0]["user"] |= fields
+    path.write_text(json.dumps(config))
+
+
 async def test_what_an_apiserver_is_asked(hub: PlayedHub, api: KubeClient) -> None:
     opened: list[Frame] = []
 
@@ -77,6 +84,15 @@ async def test_what_an_apiserver_is_asked(hub: PlayedHub, api: KubeClient) -> No
         (True, {"streamtype": "error", **common}),
         (False, {"streamtype": "data", **common}),
     ]
+
+
+async def test_as_whom_an_apiserver_is_asked(hub: PlayedHub, tmp_path: Path) -> None:
+    path = hub.kubeconfig(tmp_path)
+    add_to_user(path, {"as": "somebody", "as-groups": ["a"]})
+    async with open_kube_api(path) as api, open_pod_stream(api, WHERE):
+        _, _, headers = hub.asked[-1]
+    assert headers["authorization"] == "Bearer secret"
+    assert (headers["impersonate-user"], headers["impersonate-group"]) == ("somebody", "a")
 
 
 async def test_both_directions_end_by_themselves(hub: PlayedHub, api: KubeClient) -> None:

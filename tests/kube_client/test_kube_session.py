@@ -142,6 +142,52 @@ async def test_kinds_of_credentials(kubeconfig: Path, tmp_path: Path) -> None:
     assert {asked.target for asked in server.asked} == {"/api/v1/namespaces/n/configmaps/a"}
 
 
+async def test_as_whom_to_act(kubeconfig: Path) -> None:
+    user = {
+        "token": "mine",
+        "as": "j\u00fcrgen",
+        "as-uid": "7",
+        "as-groups": ["a", "b"],
+        "as-user-extra": {"example.org/a%b": ["c"]},
+    }
+    expected = (
+        # UTF-8, as from Go.
+        ("Impersonate-User", "j\u00c3\u00bcrgen"),
+        ("Impersonate-Uid", "7"),
+        ("Impersonate-Group", "a"),
+        ("Impersonate-Group", "b"),
+        ("Impersonate-Extra-example.org%2Fa%25b", "c"),
+    )
+    async with scripted_apiserver(FOUND) as server:
+        config = write_kubeconfig(kubeconfig, f"http://127.0.0.1:{server.port}", user=user)
+        assert await ask(server, config) == "Bearer mine"
+        headers = server.asked[-1].headers
+        assert headers["impersonate-user"] == "j\u00fcrgen"
+        assert headers["impersonate-uid"] == "7"
+        assert headers["impersonate-extra-example.org%2fa%25b"] == "c"
+        # The last of both.
+        assert headers["impersonate-group"] == "b"
+        async with open_kube_api(config) as api:
+            assert (await api.target()).identity == expected
+
+
+@pytest.mark.parametrize(
+    "user",
+    [
+        {"as-groups": ["a"]},
+        {"as-uid": "7"},
+        {"as": "a", "as-groups": "b"},
+        {"as": "a", "as-user-extra": {"b": "c"}},
+        {"as": "a", "as-user-extra": ["c"]},
+    ],
+)
+async def test_as_whom_to_act_must_be_clear(kubeconfig: Path, user: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        async with open_kube_api(write_kubeconfig(kubeconfig, "http://127.0.0.1:1", user=user)):
+            pytest.fail("it was opened")
+    assert caught.value.field == "kubeconfig"
+
+
 async def test_a_url_may_have_a_path(kubeconfig: Path) -> None:
     async with scripted_apiserver(FOUND) as server:
         url = f"http://127.0.0.1:{server.port}/k8s/clusters/c-1/"

@@ -138,15 +138,17 @@ async def _upgrade(
 ) -> tuple[h11.InformationalResponse, bytes]:
     if target.authorization is not None:
         headers = [*headers, ("Authorization", target.authorization)]
+    headers = [
+        ("Host", _authority(target.host, target.port)),
+        ("User-Agent", target.user_agent),
+        ("Connection", "Upgrade"),
+        *target.identity,
+        *headers,
+    ]
     request = h11.Request(
         method=method,
         target=path,
-        headers=[
-            ("Host", _authority(target.host, target.port)),
-            ("User-Agent", target.user_agent),
-            ("Connection", "Upgrade"),
-            *headers,
-        ],
+        headers=[(name.encode(), value.encode("latin-1")) for name, value in headers],
     )
     connection = h11.Connection(h11.CLIENT)
     head = connection.send(request) or b""

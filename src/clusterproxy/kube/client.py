@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 from urllib.parse import urlencode
 
 import trio
+from urllib3 import HTTPHeaderDict
 from urllib3.util import Timeout
 
 from clusterproxy import __version__
@@ -404,7 +405,8 @@ class KubeClient:
                 return unavailable(request.call, error)
 
     def _send(self, request: Request, session: Session) -> BaseHTTPResponse:
-        headers = {"Accept": "application/json", "User-Agent": self._user_agent}
+        headers = HTTPHeaderDict(session.identity)
+        headers.update({"Accept": "application/json", "User-Agent": self._user_agent})
         authorization = session.authorization()
         if authorization is not None:
             headers["Authorization"] = authorization

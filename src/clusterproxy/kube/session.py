@@ -14,8 +14,8 @@ from base64 import b64encode
 from datetime import UTC, datetime
 from pathlib import Path
 from time import monotonic as _monotonic
-from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import unquote_to_bytes, urlsplit
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 from urllib.request import getproxies
 
 import attrs
@@ -28,7 +28,7 @@ from .exchange import VERIFY_FLAGS, install
 from .official import Configuration, RESTClientObject, incluster_config, kube_config
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 _log = logging.getLogger("clusterproxy.kube")
 
@@ -57,6 +57,9 @@ def _file_in_memory(content: str | bytes, *_: object, **__: object) -> str:
 
 _files._create_temp_file_with_content = _file_in_memory  # noqa: SLF001  it takes no other
 
+# What names of headers may have beside letters and digits (RFC 9110 section 5.6.2).
+_IN_NAMES: Final = "!#$&'*+-.^_`|~"
+
 # As client-go (transport/token_source.go: cachingTokenSource).
 _TOKEN_PERIOD_S: Final = 60.0
 
@@ -64,6 +67,10 @@ _TOKEN_PERIOD_S: Final = 60.0
 POOL_SIZE: Final = 16
 # Idle connections that are kept. A watch has one as well; what is too much is closed, of which urllib3 warns.
 _IDLE: Final = 64
+
+
+Identity: TypeAlias = tuple[tuple[str, str], ...]
+"""Headers, their values in latin-1."""
 
 
 @attrs.frozen(eq=False)
@@ -75,6 +82,7 @@ class Target:
       context: None for plain HTTP.
       server_name: in the apiserver's certificate.
       authorization: the value of the header, None for none.
+      identity: headers that say as whom to act, if not as who one is.
       proxy: host and port of an HTTP proxy, None for none; *proxy_headers* are for it.
       user_agent: what to call oneself.
     """
@@ -85,6 +93,7 @@ class Target:
     context: ssl.SSLContext | None
     server_name: str
     authorization: str | None = attrs.field(repr=False)
+    identity: Identity
     proxy: tuple[str, int] | None
     proxy_headers: dict[str, str] = attrs.field(repr=False)
     user_agent: str
@@ -97,6 +106,8 @@ class Session:
     host: str
     pool: urllib3.PoolManager
     _configuration: Configuration
+    #: As :attr:`Target.identity`.
+    identity: Identity = ()
     _ends: datetime | None = None
 
     @property
@@ -140,6 +151,7 @@ class Session:
             context=context,
             server_name=self._configuration.tls_server_name or parts.hostname or "",
             authorization=self.authorization(),
+            identity=self.identity,
             proxy=None if proxy is None else (str(proxy.host), proxy.port or 80),
             proxy_headers=dict(getattr(self.pool, "proxy_headers", None) or {}),
             user_agent=user_agent,
@@ -186,7 +198,7 @@ class Sessions:
 def _open(kubeconfig: str) -> Session:
     configuration = Configuration()
     try:
-        pool, ends = _load(kubeconfig, configuration)
+        pool, of_file = _load(kubeconfig, configuration)
     except ConfigError:
         raise
     except Exception as error:
@@ -200,30 +212,44 @@ def _open(kubeconfig: str) -> Session:
     if not configuration.verify_ssl:
         _log.warning("the certificate of the apiserver is not verified, as the kubeconfig wants it")
         urllib3.disable_warnings(InsecureRequestWarning)
-    return Session(configuration.host.rstrip("/"), pool, configuration, ends)
+    return Session(
+        configuration.host.rstrip("/"), pool, configuration, of_file.identity, of_file.ends
+    )
 
 
-def _load(
-    kubeconfig: str, configuration: Configuration
-) -> tuple[urllib3.PoolManager, datetime | None]:
-    proxy, ends = "", None
+@attrs.frozen(kw_only=True)
+class _OfFile:
+    """What the loader does not tell, or not in every version.
+
+    Attributes:
+      ends: when a plugin's certificate does. Of a plugin's token the loader takes care itself. A server that insists on
+        certificates ends the handshake, and so never answers that it does not know one.
+    """
+
+    proxy: str = ""
+    identity: Identity = ()
+    ends: datetime | None = None
+
+
+def _load(kubeconfig: str, configuration: Configuration) -> tuple[urllib3.PoolManager, _OfFile]:
+    of_file = _OfFile()
     if kubeconfig:
-        proxy, ends = _load_file(kubeconfig, configuration)
+        of_file = _load_file(kubeconfig, configuration)
     else:
         _in_cluster.load_incluster_config(client_configuration=configuration)
     parts = urlsplit(configuration.host)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError("kubeconfig", f"no URL of an apiserver: {configuration.host!r}")
     # The constructor looked before it knew the URL.
-    configuration.proxy = proxy or _proxy_of_environment(parts.scheme, parts.hostname)
-    configuration.no_proxy = None if proxy else getproxies().get("no")
+    configuration.proxy = of_file.proxy or _proxy_of_environment(parts.scheme, parts.hostname)
+    configuration.no_proxy = None if of_file.proxy else getproxies().get("no")
     if configuration.proxy:
         configuration.proxy, configuration.proxy_headers = _proxy_and_headers(configuration.proxy)
     if parts.scheme == "https":
         # As each connection will do, to be told now what is wrong.
         _context(configuration)
     configuration.connection_pool_maxsize = _IDLE
-    return RESTClientObject(configuration).pool_manager, ends
+    return RESTClientObject(configuration).pool_manager, of_file
 
 
 def _context(configuration: Configuration) -> ssl.SSLContext:
@@ -271,12 +297,8 @@ def _proxy_and_headers(url: str) -> tuple[str, dict[str, str]]:
     return proxy, {"Proxy-Authorization": f"Basic {b64encode(pair).decode()}"}
 
 
-def _load_file(kubeconfig: str, configuration: Any) -> tuple[str, datetime | None]:  # noqa: ANN401  its hook has no type
-    """Load a kubeconfig; return its proxy, which not every version of the loader knows, and when a plugin's certificate ends.
-
-    Of a plugin's token the loader takes care itself. A server that insists on certificates ends the handshake, and so never
-    answers that it does not know one.
-    """
+def _load_file(kubeconfig: str, configuration: Any) -> _OfFile:  # noqa: ANN401  its hook has no type
+    """Load a kubeconfig."""
     merged = _files.KubeConfigMerger(kubeconfig).config
     if merged is None:
         raise ConfigError("kubeconfig", f"kubeconfig {kubeconfig}: there is no such file")
@@ -294,8 +316,44 @@ def _load_file(kubeconfig: str, configuration: Any) -> tuple[str, datetime | Non
             path = Path(user.path or kubeconfig).expanduser().parent / str(user["tokenFile"])
             configuration.refresh_api_key_hook = _token_file(path)
     cluster = _entry(merged, "clusters", "cluster", context)
-    proxy = str(cluster.safe_get("proxy-url") or "") if cluster is not None else ""
-    return proxy, None if "token" in vars(loader) else vars(loader).get("expiry")
+    return _OfFile(
+        proxy=str(cluster.safe_get("proxy-url") or "") if cluster is not None else "",
+        identity=() if user is None else tuple(_identity(user.value)),
+        ends=None if "token" in vars(loader) else vars(loader).get("expiry"),
+    )
+
+
+def _identity(user: Any) -> Iterator[tuple[str, str]]:  # noqa: ANN401  a file may have anything
+    """Yield what client-go's ``transport/round_trippers.go`` (``NewImpersonatingRoundTripper``) sends."""
+    name, uid = user.get("as"), user.get("as-uid")
+    groups, extra = _texts(user, "as-groups"), user.get("as-user-extra") or {}
+    if not name:
+        if uid or groups or extra:
+            raise ConfigError(
+                "kubeconfig", "as-uid, as-groups and as-user-extra are of no use without as"
+            )
+        return
+    yield "Impersonate-User", _carried(name)
+    if uid:
+        yield "Impersonate-Uid", _carried(uid)
+    for group in groups:
+        yield "Impersonate-Group", _carried(group)
+    for key in extra:
+        for value in _texts(extra, key):
+            # What the name of no header has is escaped, and the percent sign.
+            yield f"Impersonate-Extra-{quote(key, safe=_IN_NAMES)}", _carried(value)
+
+
+def _texts(where: Any, name: str) -> list[object]:  # noqa: ANN401
+    found: object = where.get(name) or []
+    if not isinstance(found, list):
+        raise ConfigError("kubeconfig", f"{name} is no list")
+    return cast("list[object]", found)
+
+
+def _carried(text: object) -> str:
+    """Return UTF-8 as a header has it, whose characters are bytes."""
+    return str(text).encode().decode("latin-1")
 
 
 def _entry(merged: Any, plural: str, kind: str, context: Any) -> Any:  # noqa: ANN401
