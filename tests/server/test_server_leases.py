@@ -134,6 +134,24 @@ async def test_one_that_is_left_over_is_taken_up(autojump_clock: MockClock) -> N
         assert not api.called("delete")
 
 
+@pytest.mark.parametrize(
+    "answered",
+    [{"metadata": "x"}, {"metadata": ["x"], "spec": 5}, {"metadata": {"labels": [1]}, "spec": "x"}],
+)
+async def test_an_answer_of_any_shape_ends_nothing(
+    autojump_clock: MockClock, answered: dict[str, Any]
+) -> None:
+    played = Played()
+    played.stored = lease(NAME, 500)
+    # A version is missing then, too.
+    played.trouble = {"get": answered, "replace": Conflict("which version?", status=409)}
+    async with leasing(played) as (api, _, __):
+        played.trouble.clear()
+        await trio.sleep(31)
+        assert played.stored["spec"]["holderIdentity"] == "s1"
+        assert api.called("replace")
+
+
 async def test_somebody_else_writes(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -275,6 +293,8 @@ def test_validity() -> None:
     assert not valid(leaseDurationSeconds=1000, acquireTime=at(1), renewTime=at(9_000))
     assert not valid(leaseDurationSeconds=30, renewTime=at(30))
     assert valid(leaseDurationSeconds=30, renewTime=at(29.9))
+    # No apiserver stores such a number; but one that is read ends no program.
+    assert valid(leaseDurationSeconds=10**400, renewTime=at(1))
 
 
 @pytest.mark.parametrize(

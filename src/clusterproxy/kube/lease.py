@@ -19,7 +19,8 @@ def is_valid(lease: Object, now: float) -> bool:
     renewed = value_at(lease, "spec", "renewTime")
     since = _seconds(value_at(lease, "spec", "acquireTime") if renewed is None else renewed)
     duration = value_at(lease, "spec", "leaseDurationSeconds")
-    return since is not None and isinstance(duration, int) and since + duration > now
+    # Compared, not added: a number of JSON may be larger than any float.
+    return since is not None and isinstance(duration, int) and duration > now - since
 
 
 def micro_time(now: float) -> str:

@@ -11,7 +11,7 @@ import trio
 from clusterproxy.errors import KubeError, NotFound
 from clusterproxy.gotext import parse_labels
 from clusterproxy.kube.lease import is_valid, micro_time
-from clusterproxy.kube.resource import LEASES, Object, text_at, value_at
+from clusterproxy.kube.resource import LEASES, Object, map_at, text_at
 from clusterproxy.telemetry.requests import counted
 
 if TYPE_CHECKING:
@@ -126,13 +126,13 @@ class ServerLease:
             "apiVersion": LEASES.api_version,
             "kind": LEASES.kind,
             "metadata": {
-                **(value_at(lease, "metadata") or {}),
+                **map_at(lease, "metadata"),
                 "name": self.name,
                 "namespace": self._namespace,
-                "labels": {**(value_at(lease, "metadata", "labels") or {}), **self._labels},
+                "labels": {**map_at(lease, "metadata", "labels"), **self._labels},
             },
             "spec": {
-                **(value_at(lease, "spec") or {}),
+                **map_at(lease, "spec"),
                 "holderIdentity": self._holder,
                 "leaseDurationSeconds": _DURATION_S,
                 "renewTime": micro_time(self._clock()),
