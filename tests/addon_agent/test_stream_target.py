@@ -118,6 +118,7 @@ async def test_as_insecure_as_asked_for(authority: trustme.CA, tmp_path: Path) -
     [
         ("http://proxy.example:3128", "", ("proxy.example", 3128)),
         ("http://proxy.example", "", ("proxy.example", 80)),
+        ("http://[fd00::1]:3128", "", ("fd00::1", 3128)),
         ("http://proxy.example", "hub.example", None),
     ],
 )

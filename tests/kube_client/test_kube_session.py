@@ -528,6 +528,15 @@ async def test_a_proxy_of_the_kubeconfig(kubeconfig: Path) -> None:
     assert proxy.asked[0].target.startswith("http://apiserver.test/api/v1/")
 
 
+@pytest.mark.parametrize("server", ["http://apiserver.test", "https://apiserver.test"])
+async def test_the_ipv6_address_of_a_proxy(kubeconfig: Path, server: str) -> None:
+    config = write_kubeconfig(kubeconfig, server, cluster={"proxy-url": "http://[::1]:1"})
+    async with open_kube_api(config) as api:
+        # Not as a name.
+        with pytest.raises(KubeUnavailable, match="cannot connect to ::1:1"):
+            await api.get(NAMESPACES, "a")
+
+
 @pytest.mark.parametrize("environment", [False, True])
 async def test_a_proxy_that_wants_credentials(
     kubeconfig: Path, monkeypatch: pytest.MonkeyPatch, environment: bool

@@ -128,6 +128,8 @@ async def in_thread(
 def _connected_socket(connection: HTTPConnection, host: str, port: int) -> socket.socket:
     """Connect as urllib3 does (util/connection.py), but tell the exchange of the socket first."""
     exchange: Exchange = _running.exchange
+    # A proxy's IPv6 address comes as its URL has it.
+    host = host.removeprefix("[").removesuffix("]")
     failure: OSError = OSError("the name has no address")
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
