@@ -234,6 +234,15 @@ async def test_the_block_ends_as_it_likes(hub: PlayedHub, api: KubeClient) -> No
     with pytest.raises(KeyError):
         async with forward_to_pods(api, "proxies", "x=y", 8091):
             raise KeyError
+
+    async def fail_when_cancelled() -> None:
+        with trio.CancelScope() as scope:
+            async with forward_to_pods(api, "proxies", "x=y", 8091):
+                scope.cancel()
+                raise KeyError
+
+    with pytest.raises(KeyError):
+        await fail_when_cancelled()
     with (
         listen_tcp("127.0.0.1", 0, "x") as taken,
         pytest.raises(ConfigError, match="Address already in use"),

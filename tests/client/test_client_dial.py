@@ -384,3 +384,21 @@ async def test_exceptions_of_the_block_are_in_no_group() -> None:
                     await trio.sleep_forever()
             assert scope.cancelled_caught
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("failure", [ZeroDivisionError, KeyboardInterrupt])
+async def test_exceptions_of_the_block_survive_a_cancellation(
+    failure: type[BaseException],
+) -> None:
+    async def fail_when_cancelled() -> None:
+        with trio.CancelScope() as scope:
+            async with open_tunnel("/scripted"):
+                scope.cancel()
+                raise failure
+
+    async with trio.open_nursery() as nursery:
+        rpc = RpcServer({}, limits=Http2Limits())
+        with patch_connector(Connector(nursery, rpc.serve)):
+            with pytest.raises(failure):
+                await fail_when_cancelled()
+            nursery.cancel_scope.cancel()

@@ -96,6 +96,8 @@ async def forward_to_pods(
             except BaseException as error:
                 # Raised below, where no nursery makes a group of it.
                 failure = error
+            # Where somebody outside has cancelled, too: the tasks here would raise that, and nobody would see the failure.
+            nursery.cancel_scope.shield = True
             nursery.cancel_scope.cancel()
         if failure is not None:
             try:

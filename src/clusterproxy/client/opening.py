@@ -85,6 +85,8 @@ async def open_tunnel(
             # Raised below, where no nursery makes a group of it.
             failure = error
         tunnel.end()
+        # Where somebody outside has cancelled, too: the tasks here would raise that, and nobody would see the failure.
+        nursery.cancel_scope.shield = True
         nursery.cancel_scope.cancel()
     if failure is not None:
         try:
