@@ -9,6 +9,7 @@ import errno
 from contextlib import closing
 from itertools import pairwise
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import pytest
 import trio
@@ -18,13 +19,13 @@ from scripted_proxy import Connector, Dial, patch_connector, scripted
 
 from clusterproxy import ConnectCause, ConnectError, DialError, DialReason, open_tunnel
 from clusterproxy.http2.adapter import ErrorCode
+from clusterproxy.http2.connection import Http2Connection
 from clusterproxy.http2.limits import Http2Limits
 from clusterproxy_proto import CloseDial, CloseRequest, CloseResponse, Data, DialRequest
 
 if TYPE_CHECKING:
     from scripted_proxy import ProxyWorld
 
-    from clusterproxy.http2.connection import Http2Connection
     from clusterproxy.transport.stream import Transport
 
 
@@ -333,3 +334,17 @@ async def test_server_that_does_not_greet(
                 pytest.fail("there is no tunnel")
         assert caught.value.cause is cause
         nursery.cancel_scope.cancel()
+
+
+async def test_a_bug_ends_the_connection_and_not_the_tunnel(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with scripted() as world:
+        stream, peer = await world.connect()
+        with patch.object(Http2Connection, "deliver", side_effect=ZeroDivisionError):
+            peer.send(Data(connect_id=1, data=b"x"))
+            with pytest.raises(trio.BrokenResourceError):
+                await stream.receive_some()
+        await settle()
+        assert "bug on a connection" in caplog.text
+        await world.connect()

@@ -160,6 +160,11 @@ def ended(headers: Headers = (), **fields: bytes | None) -> list[tuple[bytes, by
             'unexpected HTTP status code received from server: 503; content-type "text/html"',
         ),
         (
+            ended(RESPONSE, status=b"9" * 5000),
+            Status.UNKNOWN,
+            'unexpected HTTP status code received from server: 0; content-type "application/grpc"',
+        ),
+        (
             ended(RESPONSE, content_type=None),
             Status.UNKNOWN,
             'unexpected HTTP status code received from server: 200; content-type ""',

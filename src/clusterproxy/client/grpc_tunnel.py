@@ -163,6 +163,9 @@ class GrpcTunnel(Tunnel):
         connection.on_idle = lambda: connection.fail("no longer needed")
         try:
             await connection.run()
+        except* Exception:
+            # A bug ends this connection, and neither the tunnel nor the program that uses it.
+            _log.exception("bug on a connection")
         finally:
             del self._connections[connection]
             settled.set()

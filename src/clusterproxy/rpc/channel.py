@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from clusterproxy.http2.stream import Header
 
 _CONTENT_TYPE: Final = b"application/grpc"
+
+# Nobody looks at it before: what a peer calls a status can be of any length, and int() takes 4,300 digits.
+_HTTP_STATUS: Final = re.compile(rb"[0-9]{3}")
 
 
 class ClientCall(Call):
@@ -99,7 +103,7 @@ class ClientCall(Call):
         if http_status != b"200" or not content_type.startswith(_CONTENT_TYPE):
             if b"grpc-status" in fields:
                 return
-            number = int(http_status) if http_status.isdigit() else 0
+            number = int(http_status) if _HTTP_STATUS.fullmatch(http_status) else 0
             text = (
                 f"unexpected HTTP status code received from server: {number}; "
                 f'content-type "{content_type.decode("utf-8", "replace")}"'
