@@ -242,6 +242,25 @@ async def test_stream_that_is_refused_is_dialled_again(
         assert dial.stream is not None
 
 
+async def test_server_that_refuses_every_stream_is_asked_in_peace(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with scripted() as world, trio.open_nursery() as nursery:
+        for _ in range(2):
+            nursery.start_soon(Dial(world.tunnel, "target:80").run)
+        await settle()
+        refused = 0
+        with trio.move_on_after(0.95):
+            while True:
+                for peer in world.peers[refused:]:
+                    connection = peer.call.connection
+                    connection.reset_stream(peer.call.stream, ErrorCode.REFUSED_STREAM)
+                    refused += 1
+                await trio.sleep(0.01)
+        assert 10 <= refused <= 20
+        world.tunnel.end()
+
+
 async def test_reset_after_header() -> None:
     """rst_after_header: the dial fails, and says why."""
     async with scripted() as world:

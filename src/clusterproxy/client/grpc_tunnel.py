@@ -249,8 +249,10 @@ class GrpcTunnel(Tunnel):
 
         def over(ended: ProxyCall) -> None:
             self._calls.discard(ended)
-            self._freed.set()
-            self._freed = trio.Event()
+            if not ended.refused:
+                # What was refused had no place: others that were would only ask again, and it would wake itself.
+                self._freed.set()
+                self._freed = trio.Event()
             if not config.reusable and not ended.refused:
                 self.end()
             self._check_done()
