@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from array import array
 from typing import TYPE_CHECKING
 
 import pytest
@@ -299,6 +300,21 @@ async def test_half_close_and_reset() -> None:
         stream.abort()
         with pytest.raises(trio.BrokenResourceError):
             await server.receive_some()
+
+
+async def test_arrays_are_sent_as_their_bytes() -> None:
+    numbers = array("I", range(1_000_000))
+    async with connecting(tcp_pair) as world:
+        stream, server = await world.connect()
+
+        async def send() -> None:
+            await stream.send_all(memoryview(numbers))
+            await stream.send_eof()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            received = await read_to_end(server)
+        assert received == numbers.tobytes()
 
 
 async def test_follows_the_rules_of_half_closeable_streams() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -84,6 +85,20 @@ async def test_large_writes_are_cut() -> None:
         await settle()
         sizes = [len(packet.payload.data) for packet in peer.received]  # type: ignore[union-attr]
         assert sizes == [32_740, 32_740, 32_740, 100_000 - 3 * 32_740]
+
+
+async def test_arrays_are_sent_as_their_bytes() -> None:
+    """A frame of another size than it says would break all streams of the connection."""
+    numbers = array("I", range(20_000))
+    async with relayed() as make:
+        left, right = await make()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(left.send_all, memoryview(numbers))
+            received = b""
+            while len(received) < len(numbers) * numbers.itemsize:
+                received += await right.receive_some()
+        assert received == numbers.tobytes()
+        await left.send_all(memoryview(b""))
 
 
 async def test_greeting_is_not_lost() -> None:

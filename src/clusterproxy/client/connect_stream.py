@@ -116,7 +116,8 @@ class ConnectStream(HalfCloseableTunnelStream):
 
         Cancellation: part of the data may have been sent, and nobody knows how much.
         """
-        with self._sending, memoryview(data) as view:
+        # Those of an array count its items, and what follows counts bytes.
+        with self._sending, memoryview(data) as items, items.cast("B") as view:
             self._check_sendable()
             await trio.lowlevel.checkpoint()
             for start in range(0, len(view), _BATCH):
