@@ -112,6 +112,36 @@ async def test_close_ends_everything_and_all_callers_wait() -> None:
         assert world.connector.transports[0].closed
 
 
+async def test_close_ends_dials_that_wait_for_a_connection(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with scripted() as world:
+        world.connector.transports[0].close()
+        await settle()
+        served = []
+
+        async def never_greets(transport: Transport) -> None:
+            served.append(transport)
+
+        world.connector.stand_ins.append(never_greets)
+        dials = [Dial(world.tunnel, "target:80") for _ in range(2)]
+        for dial in dials:
+            world.nursery.start_soon(dial.run)
+        await settle()
+        assert len(served) == 1
+        await world.tunnel.aclose()
+        await settle()
+        for dial in dials:
+            assert isinstance(dial.error, DialError)
+            assert dial.error.reason is DialReason.TUNNEL_CLOSED
+        while await served[0].receive():
+            pass
+        served[0].close()
+        with pytest.raises(ConnectError, match="the tunnel was closed"):
+            await world.tunnel.connect()
+        assert len(world.connector.transports) == 2
+
+
 async def test_leaving_the_block_ends_the_streams() -> None:
     async with scripted() as world:
         stream, _ = await world.connect()

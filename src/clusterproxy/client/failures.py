@@ -231,6 +231,11 @@ def going_away(server: Server) -> ConnectError:
     )
 
 
+def closed_tunnel(server: Server) -> ConnectError:
+    """Return the error for a tunnel that nobody may connect any more."""
+    return ConnectError(str(server), ConnectCause.CLOSED, "the tunnel was closed")
+
+
 def _words(reason: str) -> str:
     return reason.lower().replace("_", " ")
 

@@ -17,7 +17,14 @@ from clusterproxy.rpc.keepalive import BETWEEN_OURS, TIMEOUT_S
 from clusterproxy.tunnel.extension import offer
 
 from .connecting import connect, local_address
-from .failures import going_away, lost_at_start, no_http2, timed_out_connect, unreached_server
+from .failures import (
+    closed_tunnel,
+    going_away,
+    lost_at_start,
+    no_http2,
+    timed_out_connect,
+    unreached_server,
+)
 from .proxy_call import ProxyCall
 from .tunnel import Tunnel, TunnelConfig
 
@@ -67,6 +74,7 @@ class GrpcTunnel(Tunnel):
         self._current: Http2Connection | None = None
         self._connections: dict[Http2Connection, Transport] = {}
         self._calls: set[ProxyCall] = set()
+        self._waiting: set[trio.CancelScope] = set()
         self._connecting = trio.Lock()
         self._attempts = 0
         self._failures = 0
@@ -82,7 +90,23 @@ class GrpcTunnel(Tunnel):
     # -- the connection ----------------------------------------------------------------------------
 
     async def connect(self) -> None:
-        await self._ready()
+        if await self._ready_while_open() is None:
+            raise closed_tunnel(self._config.server)
+
+    async def _ready_while_open(self) -> Http2Connection | None:
+        """As :meth:`_ready`; None if the tunnel is closed, be it meanwhile."""
+        if self.closed:
+            return None
+        with trio.CancelScope() as scope:
+            self._waiting.add(scope)
+            try:
+                connection = await self._ready()
+            finally:
+                self._waiting.discard(scope)
+                self._check_done()
+            if not self.closed:
+                return connection
+        return None
 
     async def _ready(self) -> Http2Connection:
         """Return a connection that takes streams, a new one if need be.
@@ -206,8 +230,8 @@ class GrpcTunnel(Tunnel):
     async def _dial_over_any(self, address: str) -> TunnelStream:
         farewells = 0
         while True:
-            connection = await self._ready()
-            if self._closing:
+            connection = await self._ready_while_open()
+            if connection is None:
                 raise self._closed_error(address)
             freed = self._freed
             dial = self._start(connection, address)
@@ -275,6 +299,8 @@ class GrpcTunnel(Tunnel):
         if self._closing:
             return
         self._closing = True
+        for scope in self._waiting:
+            scope.cancel()
         for call in list(self._calls):
             call.end()
         for connection in list(self._connections):
@@ -282,5 +308,5 @@ class GrpcTunnel(Tunnel):
         self._check_done()
 
     def _check_done(self) -> None:
-        if self._closing and not self._calls and not self._connections:
+        if self._closing and not self._calls and not self._connections and not self._waiting:
             self._done.set()
