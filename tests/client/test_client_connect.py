@@ -138,6 +138,35 @@ async def test_the_first_dial_uses_the_connection_of_the_beginning() -> None:
         assert len(world.sockets.streams) == 2
 
 
+async def test_connecting_again_leaves_no_connection_behind() -> None:
+    async with connecting() as world:
+        await world.tunnel.connect()
+        first, second = world.sockets.streams
+        assert await first.receive_some() == b""
+
+        async def connect_too_late() -> None:
+            with pytest.raises(ConnectError, match="the tunnel was closed"):
+                await world.tunnel.connect()
+
+        ended = trio.Event()
+
+        async def connect_slowly(server: object) -> socket.socket:
+            await ended.wait()
+            return await world.sockets(server)
+
+        with patch_connector(connect_slowly):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(connect_too_late)
+                await settle()
+                world.tunnel.end()
+                ended.set()
+        assert await second.receive_some() == b""
+        (third,) = world.sockets.streams[2:]
+        assert await third.receive_some() == b""
+        await connect_too_late()
+        assert len(world.sockets.streams) == 3
+
+
 async def test_a_stale_connection_is_replaced() -> None:
     async with connecting() as world:
         await world.sockets.newest.aclose()

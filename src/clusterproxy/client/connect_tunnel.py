@@ -11,7 +11,7 @@ from clusterproxy.errors import ConnectCause, ConnectError, DialCause, DialError
 
 from .connect_stream import ConnectStream
 from .connecting import connect, local_address
-from .failures import lost_at_start, refused_dial, unreached_server
+from .failures import closed_tunnel, lost_at_start, refused_dial, unreached_server
 from .stream import split_address
 from .tunnel import Tunnel
 
@@ -35,8 +35,18 @@ class ConnectTunnel(Tunnel):
         self._pending: set[trio.CancelScope] = set()
 
     async def connect(self) -> None:
+        if self.closed:
+            raise closed_tunnel(self._config.server)
+        self._keep(await self._connect())
+
+    def _keep(self, fresh: Transport) -> None:
+        if self._closing:
+            fresh.close()
+            raise closed_tunnel(self._config.server)
         # The first dial uses it.
-        self._spare = await self._connect()
+        spare, self._spare = self._spare, fresh
+        if spare is not None:
+            spare.close()
 
     async def _connect(self) -> Transport:
         config = self._config
