@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from array import array
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import trio
@@ -11,9 +13,23 @@ import trio.testing
 from harness import WINDOW, dial_ok, settle, values
 from scripted_proxy import relayed, scripted
 
-from clusterproxy import HalfCloseableTunnelStream, TunnelStream
+from clusterproxy import DialError, HalfCloseableTunnelStream, TunnelStream
+from clusterproxy.client.grpc_stream import GrpcStream
+from clusterproxy.client.proxy_call import ProxyCall
 from clusterproxy.http2.limits import Http2Limits
-from clusterproxy_proto import CloseRequest, CloseResponse, Data, HalfClose, Reset
+from clusterproxy.rpc.channel import ClientCall
+from clusterproxy_proto import (
+    CloseRequest,
+    CloseResponse,
+    Data,
+    DialRequest,
+    DialResponse,
+    HalfClose,
+    Reset,
+)
+
+if TYPE_CHECKING:
+    from scripted_proxy import ProxyWorld
 
 MIB = 1024 * 1024
 
@@ -422,3 +438,44 @@ async def test_reset_of_ours_at_a_go_server() -> None:
         await settle()
         assert peer.closed_with == ("Canceled", "stream reset by the peer")
         await peer.expect_nothing_more()
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+async def test_nothing_is_left_to_the_garbage_collector() -> None:
+    """What was not received, for one, must not stay until it comes by."""
+
+    async def lose(world: ProxyWorld) -> None:
+        await world.connect()
+        world.peer.send(data(MIB), CloseResponse("gone", 1))
+        await settle()
+
+    async def close(world: ProxyWorld) -> None:
+        stream, peer = await world.connect()
+        peer.send(data(1), CloseResponse(connect_id=1))
+        await stream.aclose()
+
+    async def refuse(world: ProxyWorld) -> None:
+        async def answer() -> None:
+            await settle()
+            request = await world.peer.next()
+            assert isinstance(request, DialRequest)
+            world.peer.send(DialResponse(error="no", random=request.random))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer)
+            with pytest.raises(DialError):
+                await world.tunnel.dial("target:80")
+
+    kinds = (GrpcStream, ProxyCall, ClientCall)
+    async with scripted() as world:
+        for end in (lose, close, refuse):
+            gc.collect()
+            gc.disable()
+            try:
+                await end(world)
+                await settle()
+                assert not [one for one in gc.get_objects() if isinstance(one, kinds)], end
+            finally:
+                gc.enable()

@@ -126,6 +126,8 @@ class GrpcStream(TunnelStream):
         self._reason = reason
         self._over.set()
         self._call.stream.drop_flow(self._flow)
+        # It refers to us: without this only the garbage collector would free both, and what was not received.
+        self._flow.on_drain = None
         if self._watching is not None:
             self._watching.cancel()
         self._wake()

@@ -110,8 +110,13 @@ class ProxyCall:
         except trio.Cancelled:
             self._withdraw()
             raise
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                # Its traceback refers to this frame, and with it to the whole call.
+                del error
         return self._stream
 
     def _withdraw(self) -> None:
