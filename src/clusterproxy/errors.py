@@ -12,6 +12,15 @@ from enum import StrEnum
 class ClusterProxyError(Exception):
     """The base of every exception that clusterproxy raises on purpose."""
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exception's own calls the class with ``args``, which is not what most of these are made with. A pool of
+        # processes breaks if it cannot take over what was raised in one of them.
+        return _made_again, (type(self), self.args), self.__dict__
+
+
+def _made_again(kind: type[ClusterProxyError], args: tuple[object, ...]) -> ClusterProxyError:
+    return kind.__new__(kind, *args)
+
 
 class ProtocolError(ClusterProxyError):
     """A rule of HTTP/2, gRPC or the tunnel was broken."""

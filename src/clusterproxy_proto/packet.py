@@ -34,8 +34,12 @@ class DecodeError(ValueError):
     """
 
     def __init__(self, reason: str, offset: int) -> None:
-        super().__init__(f"{reason} at offset {offset}")
+        super().__init__(reason, offset)
         self.offset = offset
+
+    def __str__(self) -> str:
+        reason, offset = self.args
+        return f"{reason} at offset {offset}"
 
 
 class PacketType(enum.IntEnum):

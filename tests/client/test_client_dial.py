@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import errno
+import pickle
 
 import pytest
 import trio
@@ -10,6 +12,7 @@ from harness import dial_ok, settle, values
 from scripted_proxy import Connector, patch_connector, scripted
 
 from clusterproxy import (
+    ConfigError,
     ConnectCause,
     ConnectError,
     DialCause,
@@ -22,7 +25,15 @@ from clusterproxy import (
 from clusterproxy.grpc import Status
 from clusterproxy.http2.limits import Http2Limits
 from clusterproxy.rpc.server import RpcServer
-from clusterproxy_proto import CloseDial, CloseRequest, Data, DialRequest, DialResponse, Packet
+from clusterproxy_proto import (
+    CloseDial,
+    CloseRequest,
+    Data,
+    DecodeError,
+    DialRequest,
+    DialResponse,
+    Packet,
+)
 
 
 async def test_first_packet_and_states() -> None:
@@ -402,3 +413,23 @@ async def test_exceptions_of_the_block_survive_a_cancellation(
             with pytest.raises(failure):
                 await fail_when_cancelled()
             nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DialError(
+            DialReason.ENDPOINT, "no", hop=Hop.SERVICE, cause=DialCause.REFUSED, address="a:1"
+        ),
+        ConnectError("hub:8090", ConnectCause.CA, "not trusted", "look at the CA"),
+        ConfigError("server", "no such thing"),
+        DecodeError("truncated varint", 3),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_pass_from_process_to_process(error: Exception) -> None:
+    error.add_note("in a worker")
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):  # noqa: S301  our own
+        assert type(again) is type(error)
+        assert str(again) == str(error)
+        assert vars(again) == vars(error)
