@@ -27,7 +27,7 @@ from clusterproxy.client.access import Credentials
 from clusterproxy.http2.limits import Http2Limits
 from clusterproxy.rpc.server import RpcServer
 from clusterproxy.transport.stream import Transport
-from clusterproxy.transport.tls import server_context
+from clusterproxy.transport.tls import client_context, server_context
 from clusterproxy_proto import DialRequest, DialResponse
 
 if TYPE_CHECKING:
@@ -296,6 +296,18 @@ async def test_changed_files_are_used_for_the_next_connection(files: Files) -> N
             await tunnel.dial("target:80")
         assert isinstance(caught.value.__cause__, ConnectError)
         assert "check the client's cert and key" in str(caught.value)
+
+
+async def test_a_context_that_serves_others_as_well(files: Files) -> None:
+    """HTTP clients set the protocols of theirs, too; the next connection must not be one of HTTP/1.1."""
+    shared = client_context(ca=files.ca, cert=files.client[0], key=files.client[1], alpn=())
+    context = files.context(files.server, ["h2", "http/1.1"])
+    async with listening(context) as server, open_tunnel(server, tls=shared) as tunnel:
+        shared.set_alpn_protocols(["http/1.1"])
+        for connection in list(tunnel._connections):  # type: ignore[attr-defined]
+            connection.fail("lost")
+        with pytest.raises(DialError, match="seen"):
+            await tunnel.dial("target:80")
 
 
 def test_tunnels_with_the_same_files_read_them_once(files: Files) -> None:

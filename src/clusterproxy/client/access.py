@@ -120,9 +120,8 @@ class Credentials:
         self, tls: ClientTLS | ssl.SSLContext, server: Server, alpn: Sequence[str]
     ) -> None:
         self.server_name = server.host or "localhost"
+        self._alpn = list(alpn)
         if not isinstance(tls, ClientTLS):
-            if alpn:
-                tls.set_alpn_protocols(list(alpn))
             self._own: ssl.SSLContext | None = tls
             return
         self._own = None
@@ -131,8 +130,11 @@ class Credentials:
         self._files = _contexts_of(tls, alpn)
 
     def current(self) -> ssl.SSLContext:
-        """Return the context for the next connection."""
+        """Return the context for the next connection, which is to be made of it at once."""
         if self._own is not None:
+            # Each time: whoever else uses it, an HTTP client or a tunnel of the other mode, sets theirs.
+            if self._alpn:
+                self._own.set_alpn_protocols(self._alpn)
             return self._own
         self._files.check()
         return self._files.current()
