@@ -214,6 +214,15 @@ async def test_failed_dials(cause: DialCause, status: int, line: bytes) -> None:
     assert heard.endswith(b"a:1: failed at the client: no way\n")
 
 
+async def test_a_refusal_of_a_head_has_no_content() -> None:
+    heard, _ = await proxied(b"HEAD / HTTP/1.1\r\nHost: a\r\n\r\n", eof=False)
+    assert heard.startswith(b"HTTP/1.1 400 ")
+    assert heard.endswith(b"\r\n\r\n")
+    heard, _ = await proxied(b"HEAD http://a/ HTTP/1.1\r\nHost: a\r\n\r\n", answer=b"?\r\n\r\n")
+    assert heard.startswith(b"HTTP/1.1 502 ")
+    assert heard.endswith(b"\r\n\r\n")
+
+
 async def test_a_client_that_says_nothing_is_let_go(autojump_clock: MockClock) -> None:
     async def dial(_address: str) -> TunnelStream:
         raise AssertionError

@@ -99,6 +99,7 @@ class _Proxy:
         self._stream = stream
         self._dial = dial
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=_MAX_HEAD)
+        self._method = b""
 
     async def serve(self) -> None:
         try:
@@ -123,6 +124,7 @@ class _Proxy:
             while True:
                 event = self._http.next_event()
                 if isinstance(event, h11.Request):
+                    self._method = event.method
                     return event
                 if not await self._receive():
                     return None
@@ -151,7 +153,8 @@ class _Proxy:
         await self._send(
             h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase)
         )
-        await self._send(h11.Data(data=body))
+        if self._method != b"HEAD":
+            await self._send(h11.Data(data=body))
         await self._send(h11.EndOfMessage())
 
     async def _linger(self) -> None:
