@@ -147,6 +147,12 @@ async def test_answers_on_the_way_and_without_content() -> None:
     assert b"HTTP/1.1 304 Not Modified\r\n" in heard
 
 
+async def test_a_client_of_http_1_0_gets_one_answer_alone() -> None:
+    answer = b"HTTP/1.1 103 Early Hints\r\n\r\n" + OK
+    heard, _ = await proxied(b"GET http://a/ HTTP/1.0\r\n\r\n", answer)
+    assert heard.startswith(b"HTTP/1.1 200 OK\r\n")
+
+
 @pytest.mark.parametrize(
     ("answer", "text"),
     [

@@ -244,7 +244,11 @@ class _Proxy:
                                 status_code=event.status_code, headers=headers, reason=event.reason
                             )
                         )
-                    case h11.InformationalResponse() | h11.Data():
+                    case h11.InformationalResponse():
+                        # A client of HTTP/1.0 takes the first one for the answer (RFC 9110 §15.2).
+                        if self._http.their_http_version != b"1.0":
+                            await self._send(event)
+                    case h11.Data():
                         await self._send(event)
                     case h11.EndOfMessage():
                         await self._send(h11.EndOfMessage())
