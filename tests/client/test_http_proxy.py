@@ -119,6 +119,13 @@ async def test_bodies_keep_their_framing() -> None:
     assert seen.endswith(b"\r\n\r\n5\r\nhello\r\n0\r\n\r\n")
 
 
+async def test_a_client_cannot_have_its_framing_left_out() -> None:
+    head = b"POST http://a/ HTTP/1.1\r\nHost: a\r\nConnection: content-length\r\nContent-Length: 3\r\n\r\n"
+    heard, ((_, there),) = await proxied(head + b"abc", end=b"abc")
+    assert b"\r\nContent-Length: 3\r\n" in there
+    assert heard == OK
+
+
 async def test_both_framings_at_once_do_not_get_to_the_service() -> None:
     request = (
         b"POST http://a/ HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\nTransfer-Encoding: chunked\r\n\r\n"

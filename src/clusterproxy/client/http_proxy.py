@@ -286,9 +286,10 @@ def _end_to_end(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, byt
         if name == b"connection"
         for option in value.split(b",")
     }
+    # What says where the content ends is for all, whatever Connection says of it.
+    dropped -= {b"content-length", b"transfer-encoding"}
     if any(name == b"transfer-encoding" for name, _, _ in fields):
         # It counts, and who sends both may want the next one to believe the other (RFC 9112 §6.3).
         dropped.add(b"content-length")
-    dropped.discard(b"transfer-encoding")
     dropped |= _HOP_BY_HOP
     return [(written, value) for name, written, value in fields if name not in dropped]
