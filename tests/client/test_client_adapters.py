@@ -59,6 +59,16 @@ async def test_httpx() -> None:
         nursery.cancel_scope.cancel()
 
 
+async def test_as_many_connections_at_once_as_httpx_allows() -> None:
+    async with scripted() as world, trio.open_nursery() as nursery:
+        client = httpx.AsyncClient(transport=TunnelTransport(world.tunnel))
+        for number in range(30):
+            nursery.start_soon(client.get, f"http://cluster{number}/watch")
+        await settle()
+        assert len(world.peers) == 30
+        nursery.cancel_scope.cancel()
+
+
 async def test_https() -> None:
     """TLS with the service, inside the tunnel."""
     authority = trustme.CA()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ssl
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import httpcore
 import httpx
@@ -143,6 +143,13 @@ _EXCEPTIONS: tuple[tuple[type[Exception], type[httpx.TransportError]], ...] = (
 )
 
 
+# Those of httpx.AsyncClient, which does not tell a transport of the caller's. httpcore's own allow ten connections, so that
+# as many watches would leave no room for anything else.
+_MAX_CONNECTIONS: Final = 100
+_MAX_KEPT: Final = 20
+_KEPT_S: Final = 5.0
+
+
 class TunnelTransport(httpx.AsyncBaseTransport):
     """An httpx transport whose connections go through a tunnel: ``httpx.AsyncClient(transport=…)``.
 
@@ -154,6 +161,9 @@ class TunnelTransport(httpx.AsyncBaseTransport):
     def __init__(self, tunnel: Tunnel, *, verify: ssl.SSLContext | None = None) -> None:
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=verify or httpx.create_ssl_context(),
+            max_connections=_MAX_CONNECTIONS,
+            max_keepalive_connections=_MAX_KEPT,
+            keepalive_expiry=_KEPT_S,
             network_backend=TunnelBackend(tunnel),
         )
 
