@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 from contextlib import closing
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Never
 from unittest.mock import patch
 
 import pytest
@@ -17,10 +17,19 @@ import trio.testing
 from harness import dial_ok, settle
 from scripted_proxy import Connector, Dial, patch_connector, scripted
 
-from clusterproxy import ConnectCause, ConnectError, DialError, DialReason, open_tunnel
+from clusterproxy import (
+    ConnectCause,
+    ConnectError,
+    DialCause,
+    DialError,
+    DialReason,
+    Hop,
+    open_tunnel,
+)
 from clusterproxy.http2.adapter import ErrorCode
 from clusterproxy.http2.connection import Http2Connection
 from clusterproxy.http2.limits import Http2Limits
+from clusterproxy.rpc.server import RpcServer
 from clusterproxy_proto import CloseDial, CloseRequest, CloseResponse, Data, DialRequest
 
 if TYPE_CHECKING:
@@ -193,6 +202,28 @@ async def test_dials_that_wait_for_one_attempt_share_its_error() -> None:
         await settle()
         assert len(world.connector.attempts) == 2
         assert all(isinstance(dial.error, DialError) for dial in dials)
+
+
+@pytest.mark.parametrize("mode", ["grpc", "http-connect"])
+async def test_time_that_was_spent_on_reaching_the_server_is_not_the_agents(
+    autojump_clock: trio.testing.MockClock, mode: str
+) -> None:
+    async with trio.open_nursery() as nursery:
+        rpc = RpcServer({}, limits=Http2Limits())
+        connector = Connector(nursery, rpc.serve)
+        with patch_connector(connector):
+            async with open_tunnel("/lost", mode=mode, dial_timeout=5) as tunnel:  # type: ignore[arg-type]
+                connector.transports[0].close()
+                await settle()
+
+                async def never_connects(_server: object) -> Never:
+                    await trio.sleep_forever()
+
+                with patch_connector(never_connects), pytest.raises(DialError) as caught:
+                    await tunnel.dial("target:80")
+        nursery.cancel_scope.cancel()
+    assert (caught.value.hop, caught.value.cause) == (Hop.SERVER, DialCause.TIMEOUT)
+    assert isinstance(caught.value.__cause__, ConnectError)
 
 
 async def test_go_server_is_pinged_seldom(autojump_clock: trio.testing.MockClock) -> None:

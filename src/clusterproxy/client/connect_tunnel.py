@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from clusterproxy.transport.stream import Transport
 
     from .stream import TunnelStream
-    from .tunnel import TunnelConfig
+    from .tunnel import Progress, TunnelConfig
 
 _MAX_HEAD: Final = 64 * 1024
 _MAX_BODY: Final = 64 * 1024
@@ -57,11 +57,11 @@ class ConnectTunnel(Tunnel):
             user_timeout=False,
         )
 
-    async def _dial(self, address: str) -> TunnelStream:
+    async def _dial(self, address: str, progress: Progress) -> TunnelStream:
         with trio.CancelScope() as scope:
             self._pending.add(scope)
             try:
-                return await self._dial_over_any(address)
+                return await self._dial_over_any(address, progress)
             except ConnectError as error:
                 raise unreached_server(address, error) from error
             finally:
@@ -69,13 +69,17 @@ class ConnectTunnel(Tunnel):
                 self._check_done()
         raise self._closed_error(address)
 
-    async def _dial_over_any(self, address: str) -> TunnelStream:
+    async def _dial_over_any(self, address: str, progress: Progress) -> TunnelStream:
         spare, self._spare = self._spare, None
         if spare is not None:
+            progress.connected = True
             stream = await self._dial_over(spare, address, fresh=False)
             if stream is not None:
                 return stream
-        stream = await self._dial_over(await self._connect(), address, fresh=True)
+            progress.connected = False
+        transport = await self._connect()
+        progress.connected = True
+        stream = await self._dial_over(transport, address, fresh=True)
         assert stream is not None  # noqa: S101  a fresh connection that ends is an error
         return stream
 

@@ -26,7 +26,7 @@ from .failures import (
     unreached_server,
 )
 from .proxy_call import ProxyCall
-from .tunnel import Tunnel, TunnelConfig
+from .tunnel import Progress, Tunnel, TunnelConfig
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -219,20 +219,22 @@ class GrpcTunnel(Tunnel):
 
     # -- dials -------------------------------------------------------------------------------------
 
-    async def _dial(self, address: str) -> TunnelStream:
+    async def _dial(self, address: str, progress: Progress) -> TunnelStream:
         try:
-            return await self._dial_over_any(address)
+            return await self._dial_over_any(address, progress)
         except ConnectError as error:
             if not self._config.reusable:
                 self.end()
             raise unreached_server(address, error) from error
 
-    async def _dial_over_any(self, address: str) -> TunnelStream:
+    async def _dial_over_any(self, address: str, progress: Progress) -> TunnelStream:
         farewells = 0
         while True:
+            progress.connected = False
             connection = await self._ready_while_open()
             if connection is None:
                 raise self._closed_error(address)
+            progress.connected = True
             freed = self._freed
             dial = self._start(connection, address)
             if dial is not None:

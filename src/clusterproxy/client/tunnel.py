@@ -11,6 +11,8 @@ import trio
 
 from clusterproxy.errors import DialCause, DialError, DialReason, Hop
 
+from .failures import timed_out_connect, unreached_server
+
 if TYPE_CHECKING:
     from clusterproxy.telemetry.client_metrics import ClientMetrics
 
@@ -42,6 +44,17 @@ class TunnelConfig:
     user_agent: str
     metrics: ClientMetrics
     spread: bool = False
+
+
+@attrs.define
+class Progress:
+    """How far a dial has come: for whom it waited in vain when its time is over.
+
+    Attributes:
+      connected: there is a connection to the server, so it is the agent who does not answer.
+    """
+
+    connected: bool = False
 
 
 class Tunnel(ABC):
@@ -82,8 +95,12 @@ class Tunnel(ABC):
 
     async def _dial_in_time(self, address: str) -> TunnelStream:
         timeout = self._config.dial_timeout_s
+        progress = Progress()
         with trio.move_on_after(timeout):
-            return await self._dial(address)
+            return await self._dial(address, progress)
+        if not progress.connected:
+            error = timed_out_connect(self._config.server, timeout)
+            raise unreached_server(address, error) from error
         raise DialError(
             DialReason.TIMEOUT,
             f"dial timeout, backstop: no answer within {timeout:g} s",
@@ -124,7 +141,7 @@ class Tunnel(ABC):
         """
 
     @abstractmethod
-    async def _dial(self, address: str) -> TunnelStream: ...
+    async def _dial(self, address: str, progress: Progress) -> TunnelStream: ...
 
     @abstractmethod
     def end(self) -> None:
