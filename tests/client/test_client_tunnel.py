@@ -383,6 +383,9 @@ async def test_max_streams(autojump_clock: trio.testing.MockClock) -> None:
         world.peer.send(dial_ok(1, request.random))
         await dial.done.wait()
         assert dial.stream is not None
+        with pytest.raises(DialError, match="takes no more streams") as caught:
+            await world.tunnel.dial("third:1")
+        assert (caught.value.hop, caught.value.cause) == (Hop.SERVER, DialCause.TIMEOUT)
 
 
 @pytest.mark.parametrize(

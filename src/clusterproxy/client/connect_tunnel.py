@@ -72,13 +72,13 @@ class ConnectTunnel(Tunnel):
     async def _dial_over_any(self, address: str, progress: Progress) -> TunnelStream:
         spare, self._spare = self._spare, None
         if spare is not None:
-            progress.connected = True
+            progress.connected = progress.asked = True
             stream = await self._dial_over(spare, address, fresh=False)
             if stream is not None:
                 return stream
             progress.connected = False
         transport = await self._connect()
-        progress.connected = True
+        progress.connected = progress.asked = True
         stream = await self._dial_over(transport, address, fresh=True)
         assert stream is not None  # noqa: S101  a fresh connection that ends is an error
         return stream

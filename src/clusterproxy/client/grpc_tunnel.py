@@ -230,7 +230,7 @@ class GrpcTunnel(Tunnel):
     async def _dial_over_any(self, address: str, progress: Progress) -> TunnelStream:
         farewells = 0
         while True:
-            progress.connected = False
+            progress.connected = progress.asked = False
             connection = await self._ready_while_open()
             if connection is None:
                 raise self._closed_error(address)
@@ -238,11 +238,13 @@ class GrpcTunnel(Tunnel):
             freed = self._freed
             dial = self._start(connection, address)
             if dial is not None:
+                progress.asked = True
                 stream = await dial.dial()
                 if stream is not None:
                     return stream
             if not connection.lost and not connection.draining:
                 # It takes no more streams for now.
+                progress.asked = False
                 if self._config.spread and connection.streams:
                     if self._current is connection:
                         self.renew()

@@ -51,10 +51,12 @@ class Progress:
     """How far a dial has come: for whom it waited in vain when its time is over.
 
     Attributes:
-      connected: there is a connection to the server, so it is the agent who does not answer.
+      connected: there is a connection to the server.
+      asked: the server has taken the dial, so it is the agent who does not answer.
     """
 
     connected: bool = False
+    asked: bool = False
 
 
 class Tunnel(ABC):
@@ -101,6 +103,14 @@ class Tunnel(ABC):
         if not progress.connected:
             error = timed_out_connect(self._config.server, timeout)
             raise unreached_server(address, error) from error
+        if not progress.asked:
+            raise DialError(
+                DialReason.TIMEOUT,
+                f"the server takes no more streams, and none has ended within {timeout:g} s",
+                hop=Hop.SERVER,
+                cause=DialCause.TIMEOUT,
+                address=address,
+            )
         raise DialError(
             DialReason.TIMEOUT,
             f"dial timeout, backstop: no answer within {timeout:g} s",
