@@ -276,6 +276,7 @@ async def test_files_that_cannot_be_used(files: Files, tmp_path: Path) -> None:
         (ClientTLS(ca_cert=files.ca, cert=files.client[0], key=files.server[1]), "key"),
         (ClientTLS(ca_cert=files.ca, server_name="hub..example"), "server-name"),
         (ClientTLS(ca_cert=files.ca, server_name=".example"), "server-name"),
+        (ClientTLS(ca_cert=files.ca, server_name="a\0b"), "server-name"),
     ):
         with pytest.raises(ConfigError) as caught:
             async with open_tunnel("hub:1", tls=tls):

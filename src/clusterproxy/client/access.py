@@ -103,9 +103,11 @@ def _contexts_of(tls: ClientTLS, alpn: Sequence[str]) -> ReloadingContext:
 def _checked_name(name: str) -> str:
     try:
         # As the ssl module does it, in the middle of a connection.
-        name.encode("idna")
-    except UnicodeError as error:
-        raise ConfigError("server-name", f"{name!r} is no name of a host") from error
+        possible = b"\0" not in name.encode("idna")
+    except UnicodeError:
+        possible = False
+    if not possible:
+        raise ConfigError("server-name", f"{name!r} is no name of a host")
     return name
 
 
