@@ -86,6 +86,13 @@ async def test_mode_that_there_is_not() -> None:
             pytest.fail("there is no tunnel")
 
 
+@pytest.mark.parametrize("user_agent", ["a\nb", "bücher"])
+async def test_user_agents_that_are_no_header(user_agent: str) -> None:
+    with pytest.raises(ConfigError, match="printable ASCII"):
+        async with open_tunnel("hub:1", user_agent=user_agent):
+            pytest.fail("there is no tunnel")
+
+
 # -- a server behind TLS ---------------------------------------------------------------------------
 
 

@@ -64,6 +64,8 @@ async def open_tunnel(
     where = Server.parse(server) if isinstance(server, str) else server
     if mode not in ("grpc", "http-connect"):
         raise ConfigError("mode", f"mode must be grpc or http-connect, not {mode!r}")
+    if not (user_agent.isascii() and user_agent.isprintable()):
+        raise ConfigError("user_agent", "user_agent must be printable ASCII: it becomes a header")
     alpn = ("h2",) if mode == "grpc" else ("http/1.1",)
     config = TunnelConfig(
         server=where,
