@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 from array import array
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Never
 
 import pytest
 import trio
 import trio.testing
 from harness import WINDOW, dial_ok, settle, values
-from scripted_proxy import relayed, scripted
+from scripted_proxy import patch_connector, relayed, scripted
 
-from clusterproxy import DialError, HalfCloseableTunnelStream, TunnelStream
+from clusterproxy import (
+    ConnectError,
+    DialError,
+    HalfCloseableTunnelStream,
+    TunnelStream,
+    open_tunnel,
+)
 from clusterproxy.client.grpc_stream import GrpcStream
+from clusterproxy.client.grpc_tunnel import GrpcTunnel
 from clusterproxy.client.proxy_call import ProxyCall
 from clusterproxy.http2.limits import Http2Limits
 from clusterproxy.rpc.channel import ClientCall
@@ -479,3 +487,18 @@ async def test_nothing_is_left_to_the_garbage_collector() -> None:
                 assert not [one for one in gc.get_objects() if isinstance(one, kinds)], end
             finally:
                 gc.enable()
+
+
+async def test_a_tunnel_that_could_not_be_opened_is_not_left_to_it_either() -> None:
+    async def fail(_server: object) -> Never:
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "x")
+
+    gc.collect()
+    gc.disable()
+    try:
+        with patch_connector(fail), pytest.raises(ConnectError):
+            async with open_tunnel("/nobody"):
+                pass
+        assert not [one for one in gc.get_objects() if isinstance(one, GrpcTunnel)]
+    finally:
+        gc.enable()

@@ -303,6 +303,8 @@ class GrpcTunnel(Tunnel):
         if self._closing:
             return
         self._closing = True
+        # Its traceback refers to us.
+        self._failure = None
         for scope in self._waiting:
             scope.cancel()
         for call in list(self._calls):
