@@ -28,7 +28,7 @@ from .exchange import VERIFY_FLAGS, install
 from .official import Configuration, RESTClientObject, incluster_config, kube_config
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 _log = logging.getLogger("clusterproxy.kube")
 
@@ -321,17 +321,22 @@ def _load_file(kubeconfig: str, configuration: Any) -> _OfFile:  # noqa: ANN401 
             path = Path(user.path or kubeconfig).expanduser().parent / str(user["tokenFile"])
             configuration.refresh_api_key_hook = _token_file(path)
     cluster = _entry(merged, "clusters", "cluster", context)
+    ends: datetime | None = getattr(loader, "expiry", None)
     return _OfFile(
         proxy=str(cluster.safe_get("proxy-url") or "") if cluster is not None else "",
         identity=() if user is None else tuple(_identity(user.value)),
-        ends=None if "token" in vars(loader) else vars(loader).get("expiry"),
+        ends=None if hasattr(loader, "token") else ends,
     )
 
 
-def _identity(user: Any) -> Iterator[tuple[str, str]]:  # noqa: ANN401  a file may have anything
+def _identity(user: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     """Yield what client-go's ``transport/round_trippers.go`` (``NewImpersonatingRoundTripper``) sends."""
     name, uid = user.get("as"), user.get("as-uid")
-    groups, extra = _texts(user, "as-groups"), user.get("as-user-extra") or {}
+    groups = _texts(user, "as-groups")
+    found: object = user.get("as-user-extra") or {}
+    if not isinstance(found, dict):
+        raise ConfigError("kubeconfig", "as-user-extra is no map")
+    extra = cast("dict[str, object]", found)
     if not name:
         if uid or groups or extra:
             raise ConfigError(
@@ -349,7 +354,7 @@ def _identity(user: Any) -> Iterator[tuple[str, str]]:  # noqa: ANN401  a file m
             yield f"Impersonate-Extra-{quote(key, safe=_IN_NAMES)}", _carried(value)
 
 
-def _texts(where: Any, name: str) -> list[object]:  # noqa: ANN401
+def _texts(where: Mapping[str, object], name: str) -> list[object]:
     found: object = where.get(name) or []
     if not isinstance(found, list):
         raise ConfigError("kubeconfig", f"{name} is no list")
