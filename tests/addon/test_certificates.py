@@ -240,6 +240,19 @@ def test_a_valid_certificate_stays(authority: Authority, secret: dict[str, bytes
     assert why_reissue(secret, SERVER, (authority,), NOW - timedelta(minutes=4)) is None
 
 
+def test_a_clock_that_was_ahead_by_no_more_than_five_minutes(authority: Authority) -> None:
+    """Of an authority that is older, so that the certificate alone begins in the future."""
+    later = NOW + 10 * DAY
+    crt, key = issue(authority, SERVER, later)
+    data = {"tls.crt": crt, "tls.key": key}
+    begin = x509.load_pem_x509_certificate(crt).not_valid_before_utc
+    five = timedelta(minutes=5)
+    assert why_reissue(data, SERVER, (authority,), begin - five) is None
+    assert why_reissue(data, SERVER, (authority,), begin - five - SECOND) == (
+        f"tls.crt is not valid before {go_time(begin)}"
+    )
+
+
 def test_why_a_certificate_is_replaced(
     authority: Authority, other: Authority, secret: dict[str, bytes]
 ) -> None:
