@@ -21,13 +21,13 @@ const networkVariable = "CONFORMANCE_NETWORK"
 // runs on this machine, as the pods of other tests. It returns false where it
 // has to be done in place: it is the second run, or namespaces are not for us
 // to make.
-func RunInOwnNetwork() (error, bool) {
+func RunInOwnNetwork() (done bool, err error) {
 	if os.Getenv(networkVariable) != "" {
-		return nil, false
+		return false, nil
 	}
 	self, err := os.Executable()
 	if err != nil {
-		return nil, false
+		return false, nil
 	}
 	cmd := exec.Command(self, os.Args[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
@@ -37,9 +37,9 @@ func RunInOwnNetwork() (error, bool) {
 	defer runtime.UnlockOSThread()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGTERM}
 	if err := cmd.Start(); err != nil {
-		return nil, false
+		return false, nil
 	}
-	return cmd.Wait(), true
+	return true, cmd.Wait()
 }
 
 // EnterNetwork makes a namespace of RunInOwnNetwork usable; dir is for its files.
@@ -51,7 +51,8 @@ func EnterNetwork(dir string) error {
 		return fmt.Errorf("loopback of a new network: %w", err)
 	}
 	if err := denyNames(dir); err != nil {
-		return fmt.Errorf("resolver of a new network: %w", err)
+		// Not everybody who may make namespaces may mount. Rows that need a resolver say that there is none.
+		fmt.Fprintln(os.Stderr, "no resolver in the new network:", err)
 	}
 	return nil
 }

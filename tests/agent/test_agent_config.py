@@ -189,6 +189,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         for name, value, shown in (
             ("agent_id", "ä", '"ä"'),
             ("agent_id", "a\nb", '"a\\nb"'),
+            # An argument that was no UTF-8.
+            ("agent_id", "\udcff", '"\\xff"'),
             ("agent_identifiers", "host=ä", '"host=ä"'),
         )
     ),

@@ -122,7 +122,7 @@ func run() error {
 		return err
 	}
 	// All is built by now: there is nobody to ask for a module in a network of its own.
-	if err, done := suite.RunInOwnNetwork(); done {
+	if done, err := suite.RunInOwnNetwork(); done {
 		if err != nil {
 			return errSaid
 		}

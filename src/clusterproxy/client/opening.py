@@ -9,6 +9,7 @@ import trio
 
 from clusterproxy import __version__
 from clusterproxy.errors import ConfigError
+from clusterproxy.grpc.metadata import is_sendable
 from clusterproxy.telemetry.client_metrics import ClientMetrics
 
 from .access import Credentials, Server
@@ -64,7 +65,7 @@ async def open_tunnel(
     where = Server.parse(server) if isinstance(server, str) else server
     if mode not in ("grpc", "http-connect"):
         raise ConfigError("mode", f"mode must be grpc or http-connect, not {mode!r}")
-    if not (user_agent.isascii() and user_agent.isprintable()):
+    if not is_sendable(user_agent):
         raise ConfigError("user_agent", "user_agent must be printable ASCII: it becomes a header")
     alpn = ("h2",) if mode == "grpc" else ("http/1.1",)
     config = TunnelConfig(

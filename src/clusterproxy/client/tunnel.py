@@ -103,21 +103,12 @@ class Tunnel(ABC):
         if not progress.connected:
             error = timed_out_connect(self._config.server, timeout)
             raise unreached_server(address, error) from error
-        if not progress.asked:
-            raise DialError(
-                DialReason.TIMEOUT,
-                f"the server takes no more streams, and none has ended within {timeout:g} s",
-                hop=Hop.SERVER,
-                cause=DialCause.TIMEOUT,
-                address=address,
-            )
-        raise DialError(
-            DialReason.TIMEOUT,
-            f"dial timeout, backstop: no answer within {timeout:g} s",
-            hop=Hop.AGENT,
-            cause=DialCause.TIMEOUT,
-            address=address,
-        )
+        if progress.asked:
+            hop, what = Hop.AGENT, "dial timeout, backstop: no answer within"
+        else:
+            hop, what = Hop.SERVER, "the server takes no more streams, and none has ended within"
+        text = f"{what} {timeout:g} s"
+        raise DialError(DialReason.TIMEOUT, text, hop=hop, cause=DialCause.TIMEOUT, address=address)
 
     def _check_dial(self, address: str, protocol: str) -> None:
         if protocol != "tcp":

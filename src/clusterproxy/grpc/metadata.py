@@ -63,7 +63,7 @@ def encode_headers(metadata: Mapping[str, Iterable[str | bytes]]) -> list[Header
 
 def is_sendable(value: str) -> bool:
     """Whether a text can be sent, under a name that does not end in ``-bin``."""
-    return bool(_VALUE.match(value.encode()))
+    return value.isascii() and value.isprintable()
 
 
 def decode_headers(headers: Iterable[Header]) -> Metadata:

@@ -125,11 +125,15 @@ async def in_thread(
     return result
 
 
+def bare_host(host: str) -> str:
+    """Return a proxy's host without the brackets that its URL has around an IPv6 address."""
+    return host.removeprefix("[").removesuffix("]")
+
+
 def _connected_socket(connection: HTTPConnection, host: str, port: int) -> socket.socket:
     """Connect as urllib3 does (util/connection.py), but tell the exchange of the socket first."""
     exchange: Exchange = _running.exchange
-    # A proxy's IPv6 address comes as its URL has it.
-    host = host.removeprefix("[").removesuffix("]")
+    host = bare_host(host)
     failure: OSError = OSError("the name has no address")
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)

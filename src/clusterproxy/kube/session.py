@@ -24,7 +24,7 @@ from urllib3.exceptions import InsecureRequestWarning
 
 from clusterproxy.errors import ConfigError
 
-from .exchange import VERIFY_FLAGS, install
+from .exchange import VERIFY_FLAGS, bare_host, install
 from .official import Configuration, RESTClientObject, incluster_config, kube_config
 
 if TYPE_CHECKING:
@@ -152,15 +152,10 @@ class Session:
             server_name=self._configuration.tls_server_name or parts.hostname or "",
             authorization=self.authorization(),
             identity=self.identity,
-            proxy=None if proxy is None else (_bare(str(proxy.host)), proxy.port or 80),
+            proxy=None if proxy is None else (bare_host(str(proxy.host)), proxy.port or 80),
             proxy_headers=dict(getattr(self.pool, "proxy_headers", None) or {}),
             user_agent=user_agent,
         )
-
-
-def _bare(host: str) -> str:
-    # An IPv6 address comes as a URL has it.
-    return host.removeprefix("[").removesuffix("]")
 
 
 class Sessions:

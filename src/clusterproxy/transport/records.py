@@ -24,8 +24,8 @@ def decrypt(
     """Decrypt *data*, and what has come before it, to the beginning of *plain*.
 
     Returns how many bytes that made, and how the stream has ended, if it has: ``""`` by a closure
-    alert, else what was wrong behind them. From *most* bytes on what has come waits in the BIO;
-    *plain* has room for a :data:`RECORD` more than that.
+    alert, else what was wrong behind them. From *most* bytes on what has come waits in the BIO:
+    *plain* has room for a :data:`RECORD` more than that, or for all that can have come.
     """
     filled = position = 0
     end = len(data)
