@@ -14,6 +14,7 @@ from clusterproxy.transport.outbox import current_outbox
 from clusterproxy.transport.sink import ByteSink
 from clusterproxy_proto import DialRequest
 
+from .connect_request import body_to_skip, target_of
 from .connection import (
     DIAL_TIMED_OUT,
     MAX_ADDRESS,
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from .state import ServerState
 
 _log = logging.getLogger("clusterproxy.server")
-
-# As Go's net/http, which reads on so far to keep a connection.
-_MAX_SKIPPED_BODY: Final = 256 * 1024
 
 # How long a client may take to read the end and to close.
 _PART_S: Final = 1.0
@@ -67,15 +65,6 @@ _ESTABLISHED: Final = b"HTTP/1.1 200 Connection Established\r\n\r\n"
 _PLAIN: Final = "text/plain; charset=utf-8"
 _HOST: Final = re.compile(rb"\r?\nhost[ \t]*:", re.IGNORECASE)
 _HEAD_END: Final = re.compile(rb"\r?\n\r?\n")
-
-# An authority as Go's net/url reads it: user information, then an address in brackets with or without a zone (RFC 6874),
-# or whatever may be a name; behind the last colon is a port.
-_NAME: Final = rb"-A-Za-z0-9._~!$&'()*+,;=<>\"\[\]"
-_TARGET: Final = re.compile(
-    rb"(?:[^@/?]*@)?"
-    rb"(?P<host>\[[0-9A-Fa-f:.]+(?:%%25[-A-Za-z0-9._~]+)?\]|(?!\[)(?:[%b:]*(?=:[0-9]*(?:[/?]|\Z))|[%b]*))"
-    rb"(?P<port>:[0-9]*)?(?:[/?].*)?" % (_NAME, _NAME)
-)
 
 
 class _Refused(Exception):
@@ -161,11 +150,11 @@ class ConnectTunnel(Client):
                 raise _Refused
             request = await self._parse(head)
             if request.method == b"CONNECT":
-                address = _address(request.target)
+                address = target_of(request)
                 if not address:
                     await self._answer(_bare(400, "Bad Request"))
                 return address, received
-            body = _body_to_skip(request)
+            body = body_to_skip(request)
             await self._answer_method(head=request.method == b"HEAD", keep=body is not None)
 
     def part_from_idle(self, patience_s: float) -> None:
@@ -461,34 +450,6 @@ class ConnectConnection(Connection):
 
     def _spawn(self, function: Callable[..., Awaitable[None]], /, *args: object) -> None:
         self._tunnel.spawn(function, *args)
-
-
-def _address(target: bytes) -> str:
-    """Return what a CONNECT request wants to be dialled, nothing if it cannot be told (RFC 9110 §9.3.6)."""
-    found = _TARGET.fullmatch(target)
-    if found is None:
-        return ""
-    return (found["host"].replace(b"%25", b"%") + (found["port"] or b"")).decode("ascii")
-
-
-def _body_to_skip(request: h11.Request) -> int | None:
-    """Return the size of a request's body, None if the connection ends with this request."""
-    size = 0
-    if request.http_version != b"1.1":
-        return None
-    expects = False
-    for name, value in request.headers:
-        if name == b"transfer-encoding":
-            return None
-        if name == b"connection":
-            if b"close" in (option.strip() for option in value.lower().split(b",")):
-                return None
-        elif name == b"content-length":
-            size = int(value)
-        elif name == b"expect":
-            # With our answer there is no reason any more to send the body, and nobody says whether it comes.
-            expects = True
-    return size if size <= _MAX_SKIPPED_BODY and not (expects and size) else None
 
 
 def _status_of(error: str) -> int:
